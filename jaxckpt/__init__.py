@@ -1,0 +1,9 @@
+"""Train deep stacks of identical blocks in a fraction of the memory, in JAX and Flax."""
+
+from jaxckpt import policies as policies
+from jaxckpt._blocks import checkpoint_blocks as checkpoint_blocks
+from jaxckpt._params import stack_params as stack_params
+from jaxckpt._params import unstack_params as unstack_params
+from jaxckpt._scan import checkpoint_scan as checkpoint_scan
+
+__version__ = "0.1.0"

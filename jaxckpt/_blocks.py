@@ -1,0 +1,115 @@
+"""`checkpoint_blocks`: the original's contract, for a Python list of callables that may differ from one another.
+
+OpenFold, `openfold/utils/checkpointing.py` (AlQuraishi Laboratory, 2021), after AlphaFold 2, supplement 1.11.8.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from jaxckpt import policies
+from jaxckpt._setting import check_blocks_per_ckpt, is_array
+from jaxckpt.analysis import jaxpr as jx
+from jaxckpt.policies.grammar import JaxPolicy, everything, nothing
+
+
+def checkpoint_blocks(
+    blocks: Sequence[Callable[..., Any]],
+    args: Any,
+    blocks_per_ckpt: int | None,
+    *,
+    policy: "str | JaxPolicy | policies.Policy" = "everything",
+) -> tuple[Any, ...]:
+    """Runs `blocks` one after the other, each on what the one before returned, checkpointed in chunks.
+
+    Arguments:
+        blocks: callables; each takes by position what the one before returned. They may differ. Parameters reach a block
+            by closure, and gradients flow to them.
+        args: the arguments of the first block. What is not exactly a `tuple` (a list or a NamedTuple too) is one
+            argument. Leaves that are not arrays pass through untouched.
+        blocks_per_ckpt: blocks per chunk, in [1, len(blocks)]; the last chunk may be shorter. None: no checkpointing.
+        policy: what each block keeps while its chunk is differentiated (see `jaxckpt.policies`).
+
+    Returns:
+        What the last block returned, always as a tuple.
+
+    Raises:
+        ValueError: `blocks_per_ckpt` is not an integer in [1, len(blocks)], or `policy` is unknown.
+
+    >>> import jax.numpy as jnp
+    >>> checkpoint_blocks([jnp.sin, jnp.cos, jnp.sin], jnp.zeros(2), blocks_per_ckpt=2)[0].shape
+    (2,)
+    """
+    args = _wrap(args)
+    if blocks_per_ckpt is None:
+        return _run(blocks, args)
+    check_blocks_per_ckpt(blocks_per_ckpt, len(blocks))
+    keep = _resolve(policies.get(policy), blocks, args)
+    if blocks_per_ckpt == 1:
+        keep = everything  # one block at a time is alive anyway: keeping less inside it would only run it a third time
+    for start in range(0, len(blocks), blocks_per_ckpt):
+        chunk = [_checkpoint(block, keep) for block in blocks[start : start + blocks_per_ckpt]]
+        args = _checkpoint(lambda *a, chunk=chunk: _run(chunk, a), nothing)(*args)
+    return args
+
+
+def _wrap(value: Any) -> tuple[Any, ...]:
+    return value if type(value) is tuple else (value,)
+
+
+def _run(blocks: Sequence[Callable[..., Any]], args: tuple[Any, ...]) -> tuple[Any, ...]:
+    for block in blocks:
+        args = _wrap(block(*args))
+    return args
+
+
+def _checkpoint(fn: Callable[..., Any], keep: JaxPolicy) -> Callable[..., Any]:
+    """`jax.checkpoint` of a function whose arguments and results may hold leaves that are not arrays."""
+    if keep is everything:
+        return fn
+
+    def run(*args):
+        leaves, tree = jax.tree.flatten(args)
+        arrays, rebuild = _split(leaves)
+        out = {}
+
+        def on_arrays(arrays):
+            results, out["tree"] = jax.tree.flatten(fn(*jax.tree.unflatten(tree, rebuild(arrays))))
+            kept, out["rebuild"] = _split(results)
+            return kept
+
+        # The blocks of a chunk are straight-line code: without the barrier XLA would merge the re-run with the forward.
+        kept = jax.checkpoint(on_arrays, policy=keep, prevent_cse=True)(arrays)
+        return jax.tree.unflatten(out["tree"], out["rebuild"](kept))
+
+    return run
+
+
+def _split(leaves: list[Any]) -> tuple[list[Any], Callable[[list[Any]], list[Any]]]:
+    """The array leaves, and a function that puts arrays back among the others."""
+    where = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
+    others = [None if is_array(leaf) else leaf for leaf in leaves]
+
+    def rebuild(arrays):
+        whole = list(others)
+        for i, array in zip(where, arrays, strict=True):
+            whole[i] = array
+        return whole
+
+    return [leaves[i] for i in where], rebuild
+
+
+def _resolve(policy: policies.Policy, blocks: Sequence[Callable[..., Any]], args: tuple[Any, ...]) -> JaxPolicy:
+    """The `jax.checkpoint` policy; where it speaks of tags, those of all blocks together."""
+    if not policy.reads_tags:
+        return policy.for_tags(())
+    arrays, rebuild = _split(jax.tree.leaves(args))
+    tree = jax.tree.structure(args)
+    return policy.for_tags(
+        jx.tags(jx.trace(lambda a: _arrays_of(_run(blocks, jax.tree.unflatten(tree, rebuild(a)))), arrays))
+    )
+
+
+def _arrays_of(tree: Any) -> list[Any]:
+    return [leaf for leaf in jax.tree.leaves(tree) if is_array(leaf)]

@@ -1,0 +1,113 @@
+"""`checkpoint_scan`: the knobs are checked here, and the block is sent to the front end of its kind."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+from flax import nnx
+
+from jaxckpt._function import function_stack
+from jaxckpt._setting import Setting, make_setting
+from jaxckpt.flax.linen import linen_stack, linen_stack_instance
+from jaxckpt.flax.nnx import nnx_stack, nnx_stack_from_list
+from jaxckpt.policies.grammar import JaxPolicy, Policy
+
+
+def checkpoint_scan(
+    block: Any,
+    length: int | None = None,
+    *,
+    blocks_per_ckpt: int | None = None,
+    policy: str | JaxPolicy | Policy | None = None,
+    has_aux: bool = False,
+    per_block: Sequence[str] = (),
+    unroll: int | bool = 1,
+) -> Callable[..., Any]:
+    """A stack of `length` equal blocks, run by one `lax.scan` and checkpointed as told.
+
+    The stack is of the same kind as the block and is called as the block is. Positional arguments are the carry: the
+    block returns as many values, of the same structure, shapes and dtypes. Keyword arguments are shared by all blocks:
+    arrays among them are differentiated, everything else (None, flags, strings, numbers, objects) is static.
+
+    Arguments:
+        block: a Linen class (a constructor of a Linen stack is returned) or instance (a stack); an NNX class (a
+            constructor that takes `rngs`), or a list of NNX modules (a stack holding their state); or any other callable
+            `f(params, *carry, **shared)` (a function of `params` with a leading axis `[N, ...]` on every leaf).
+        length: the number of blocks `N`. Needed for classes and instances; for a function the parameters tell it.
+        blocks_per_ckpt: for how many consecutive blocks the values that `policy` keeps are alive at once. None: for the
+            whole stack. `K`: the forward pass keeps the input of each chunk of `K` blocks, the backward pass re-runs one
+            chunk after the other; the last chunk may be shorter.
+        policy: what each block keeps for the backward pass, by name (see `jaxckpt.policies.describe()`), or a
+            `jax.checkpoint` policy function. Default: "nothing", or "everything" where `blocks_per_ckpt` is given, which
+            is what OpenFold's `checkpoint_blocks` does.
+        has_aux: the block returns `(carry, aux)`, and the stack `(carry, aux stacked on axis 0)`.
+        per_block: names of keyword arguments with a leading axis `N`, one slice per block.
+        unroll: how many blocks stand in one loop body, as in `lax.scan`.
+
+    Returns:
+        The stack, or its constructor where `block` is a class.
+
+    Raises:
+        ValueError: a knob out of range, an unknown policy; at the first call also a `save:` name that tags nothing,
+            parameters whose leading axis is not `length`, a side effect in the block, a missing rng.
+        TypeError: a block of the wrong kind; at the first call a block that does not return the carry it was given, or
+            a keyword argument that it does not take.
+
+    >>> import jax, jax.numpy as jnp
+    >>> stack = checkpoint_scan(lambda w, x: jnp.tanh(x @ w), blocks_per_ckpt=2)
+    >>> weights = jax.random.normal(jax.random.key(0), (6, 8, 8))
+    >>> jax.grad(lambda w: stack(w, jnp.ones(8)).sum())(weights).shape
+    (6, 8, 8)
+    """
+    setting = make_setting(length, blocks_per_ckpt, policy, has_aux, per_block, unroll)
+    if isinstance(block, (list, tuple, nnx.List)):
+        return _from_list(list(block), setting)
+    if isinstance(block, nn.Module):
+        return linen_stack_instance(block, _with_length(setting, block))
+    if isinstance(block, nnx.Module):
+        raise TypeError(
+            f"{type(block).__name__} is one NNX module and holds the parameters of one block; pass the class and a "
+            f"length, checkpoint_scan({type(block).__name__}, N)(..., rngs=rngs), or a list of N modules"
+        )
+    if not callable(block):
+        raise TypeError(f"block must be a Flax module class, a list of NNX modules or a function; got {block!r}")
+    cls, bind = _class_of(block)
+    if isinstance(cls, type) and issubclass(cls, nn.Module):
+        return bind(linen_stack(cls, _with_length(setting, cls)))
+    if isinstance(cls, type) and issubclass(cls, nnx.Module):
+        return bind(nnx_stack(cls, _with_length(setting, cls)))
+    return function_stack(block, setting)
+
+
+def _class_of(block: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """The class behind `functools.partial(Block, c_z=128)`, and how to put the arguments back."""
+    if isinstance(block, partial) and isinstance(block.func, type):
+        return block.func, lambda stack: partial(stack, *block.args, **block.keywords)
+    return block, lambda stack: stack
+
+
+def _from_list(blocks: list[Any], setting: Setting) -> Any:
+    if not blocks:
+        raise ValueError("checkpoint_scan was given an empty list of blocks; a stack has at least one")
+    if all(isinstance(block, nnx.Module) for block in blocks):
+        if setting.length not in (None, len(blocks)):
+            raise ValueError(f"length={setting.length} is in conflict with the list of {len(blocks)} modules; omit it")
+        return nnx_stack_from_list(blocks, setting)
+    kind = type(blocks[0]).__name__
+    if any(isinstance(block, nn.Module) for block in blocks):
+        raise TypeError(
+            f"a list of Linen modules has no parameters to stack. Write checkpoint_scan({kind}, {len(blocks)})(...) for "
+            "equal blocks, or checkpoint_blocks for a list of bound modules that differ"
+        )
+    raise TypeError(
+        f"a list of blocks must hold NNX modules; got {kind}. For functions write checkpoint_scan(f)(stack_params(trees), "
+        "x), or checkpoint_blocks(blocks, args, blocks_per_ckpt) for callables that differ"
+    )
+
+
+def _with_length(setting: Setting, block: Any) -> Setting:
+    if setting.length is None:
+        name = block.__name__ if isinstance(block, type) else type(block).__name__
+        raise ValueError(f"length is missing: write checkpoint_scan({name}, N) with the number of blocks")
+    return setting

@@ -1,0 +1,81 @@
+"""The knobs of a stack as one frozen value, checked where they are given."""
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from jaxckpt import policies
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a stack of blocks is run and checkpointed; every executor takes one.
+
+    `length` is None where the parameters tell it at the call. The other fields are the arguments of `checkpoint_scan`.
+    """
+
+    length: int | None
+    blocks_per_ckpt: int | None
+    policy: policies.Policy
+    has_aux: bool
+    per_block: tuple[str, ...]
+    unroll: int | bool
+
+
+def make_setting(
+    length: int | None,
+    blocks_per_ckpt: int | None,
+    policy: "str | policies.Policy | policies.grammar.JaxPolicy | None",
+    has_aux: bool,
+    per_block: Sequence[str],
+    unroll: int | bool,
+) -> Setting:
+    """The checked knobs, with the default policy filled in: what each is allowed to be stands in its error."""
+    if length is not None and (not is_integer(length) or length < 1):
+        raise ValueError(f"length, the number of blocks, must be an integer of at least 1; got {length!r}")
+    if blocks_per_ckpt is not None:
+        check_blocks_per_ckpt(blocks_per_ckpt, length)
+        blocks_per_ckpt = operator.index(blocks_per_ckpt)
+    if policy is None:
+        policy = "nothing" if blocks_per_ckpt is None else "everything"
+    if not isinstance(unroll, bool) and (not is_integer(unroll) or unroll < 1):
+        raise ValueError(
+            f"unroll, the number of blocks in one loop body, must be True, False or at least 1; got {unroll!r}"
+        )
+    if isinstance(per_block, str):
+        per_block = (per_block,)
+    if not all(isinstance(name, str) for name in per_block):
+        raise TypeError(f"per_block must name keyword arguments, as in per_block=('rate',); got {per_block!r}")
+    return Setting(
+        length=None if length is None else operator.index(length),
+        blocks_per_ckpt=blocks_per_ckpt,
+        policy=policies.get(policy),
+        has_aux=bool(has_aux),
+        per_block=tuple(per_block),
+        unroll=unroll if isinstance(unroll, bool) else operator.index(unroll),
+    )
+
+
+def is_integer(value: object) -> bool:
+    """Whether `value` is an integer; NumPy's are, `True` and `2.0` are not."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def check_blocks_per_ckpt(value: object, length: int | None) -> None:
+    """Refuses a chunk size that is not an integer in [1, length]; the upper end waits where `length` is unknown."""
+    if is_integer(value) and value >= 1 and (length is None or value <= length):  # pyright: ignore[reportOperatorIssue]
+        return
+    shown = f"{value!r} of type {type(value).__name__}"
+    upper = "" if length is None else f" = {length}"
+    raise ValueError(
+        f"blocks_per_ckpt must be between 1 and len(blocks){upper}, and an integer; got {shown}. "
+        "Write None to keep values for the whole stack instead of chunk by chunk."
+    )
+
+
+def is_array(leaf: object) -> bool:
+    """Whether JAX may trace and differentiate `leaf`; Python numbers, strings and other objects are static."""
+    return isinstance(leaf, (jax.Array, np.ndarray, np.generic)) or hasattr(leaf, "__jax_array__")

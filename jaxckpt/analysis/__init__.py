@@ -1,0 +1,1 @@
+"""What a block's jaxpr says about it."""

@@ -1,0 +1,1 @@
+"""Executors: a pure block function, a setting and stacked inputs in, the stack's result out."""

@@ -1,0 +1,190 @@
+"""What a block must be to be stacked, checked on one trace of it; each error says what to write instead."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxckpt._setting import Setting
+from jaxckpt.analysis import jaxpr as jx
+
+
+class Names(NamedTuple):
+    """How errors speak of a block: its name, and those of its positional arguments after the parameters."""
+
+    block: str
+    carry: tuple[str, ...]
+
+    def leaf(self, position: int, path: Any) -> str:
+        name = self.carry[position] if position < len(self.carry) else f"carry {position}"
+        return f"{name}{jax.tree_util.keystr(path)}"
+
+
+def names_of(fn: Callable[..., Any], block: str, skip: int) -> Names:
+    """Names read off the signature of `fn`, without its first `skip` parameters (`self`, the parameters)."""
+    try:
+        parameters = list(inspect.signature(fn).parameters.values())[skip:]
+    except (TypeError, ValueError):
+        parameters = []
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return Names(block, tuple(p.name for p in parameters if p.kind in positional))
+
+
+def call_fits(fn: Callable[..., Any], leading: Sequence[Any], carry: tuple, keywords: dict[str, Any], names: Names):
+    """Refuses a call that the block's signature does not take, before anything is traced."""
+    if not carry:
+        raise TypeError(
+            f"{names.block}: no carry was given. The carry is passed by position, as in stack(..., x, z, mask=mask); "
+            "keyword arguments are shared by all blocks and are not carried from one to the next."
+        )
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(*leading, *carry, **keywords)
+    except TypeError as error:
+        parameters = signature.parameters.values()
+        takes = [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        unknown = [name for name in keywords if name not in takes]
+        if unknown:
+            shared = takes[len(leading) + len(carry) :] or ["none"]
+            raise TypeError(
+                f"{names.block} takes no keyword argument {', '.join(map(repr, unknown))}; beside the carry it takes: "
+                f"{', '.join(shared)}"
+            ) from None
+        raise TypeError(
+            f"{names.block}{signature} cannot be called with {len(carry)} carried argument(s) by position and the "
+            f"keyword arguments {sorted(keywords)}: {error}. Positional arguments are the carry, keyword arguments are "
+            "shared by all blocks."
+        ) from None
+
+
+def carry_given(carry: tuple, names: Names) -> None:
+    """Refuses leaves in the carry that are not arrays or numbers."""
+    for position, value in enumerate(carry):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(value):
+            if _type(leaf) is None:
+                raise TypeError(
+                    f"{names.block}: the carry holds arrays, but {names.leaf(position, path)} is {leaf!r} of type "
+                    f"{type(leaf).__name__}; pass it as a keyword argument, which all blocks share"
+                )
+
+
+def returned(value: Any, carry: tuple, has_aux: bool, names: Names) -> tuple[Any, Any]:
+    """`(carry, aux)` of what a block returned; refuses another structure than the carry it was given."""
+    given = carry[0] if len(carry) == 1 else carry
+    aux = None
+    if has_aux:
+        if not isinstance(value, tuple) or len(value) != 2:
+            raise TypeError(f"{names.block}: with has_aux=True a block returns (carry, aux); got {_shape_of(value)}")
+        value, aux = value
+    if jax.tree.structure(value) != jax.tree.structure(given):
+        raise TypeError(_other_structure(value, given, carry, names))
+    for part, tree in (("the carry", value), ("aux", aux)):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            if _type(leaf) is None:
+                raise TypeError(
+                    f"{names.block} returned {leaf!r} of type {type(leaf).__name__} in {part}"
+                    f"{jax.tree_util.keystr(path)}; blocks return arrays"
+                )
+    return value, aux
+
+
+def settle_carry(carry: tuple, leaves: list[Any], out_types: Sequence[Any], names: Names) -> list[Any] | None:
+    """None if the block returned the types it was given; otherwise leaves to trace it again with.
+
+    Python numbers take the dtype that the block gives them, as in `lax.scan`. Under `shard_map` a carry that is equal on
+    all devices is marked as varying where the block makes it so.
+    """
+    paths = [(i, path) for i, c in enumerate(carry) for path, _ in jax.tree_util.tree_leaves_with_path(c)]
+    settled = list(leaves)
+    for k, ((position, path), leaf, out) in enumerate(zip(paths, leaves, out_types, strict=True)):
+        given = jax.typeof(leaf)
+        if given.shape != out.shape or (given.dtype != out.dtype and not given.weak_type):
+            raise TypeError(_other_type(names.leaf(position, path), given, out, names))
+        if given.dtype != out.dtype:
+            settled[k] = lax.convert_element_type(leaf, jnp.result_type(leaf, out.dtype))
+        elif missing := _varying(out) - _varying(given):
+            settled[k] = lax.pcast(leaf, tuple(missing), to="varying")
+        elif given.sharding != out.sharding and _explicit(out):
+            raise TypeError(_other_sharding(names.leaf(position, path), given, out, names))
+    return None if all(a is b for a, b in zip(settled, leaves, strict=True)) else settled
+
+
+def effects(closed: Any, setting: Setting, names: Names) -> None:
+    """Refuses side effects where the block is run more than once."""
+    runs_once = setting.blocks_per_ckpt is None and setting.policy.keeps_everything
+    found = [] if runs_once else jx.impure_effects(closed)
+    if found:
+        raise ValueError(
+            f"{names.block} has a side effect, {', '.join(found)}, and a checkpointed block is run again in the "
+            "backward pass, so it would happen twice. Return the value instead (has_aux=True stacks it per block), or "
+            "use jax.debug.callback, which may run again."
+        )
+
+
+def _other_structure(value: Any, given: Any, carry: tuple, names: Names) -> str:
+    said = f"{names.block} was given the carry {_shape_of(given)} and returned {_shape_of(value)}. "
+    if value is None:
+        return said + "Is its return statement missing?"
+    if isinstance(value, tuple) and len(carry) == 1:
+        if len(value) == 1:
+            return said + "One carry in, one carry out: return x, not (x,)."
+        return said + (
+            "What is carried is passed by position: stack(..., x, z), not stack(..., x, z=z). A per-block output that "
+            "is not carried is announced with has_aux=True."
+        )
+    return said + "A block returns as many values as it is given by position, each of the same structure."
+
+
+def _other_type(leaf: str, given: Any, out: Any, names: Names) -> str:
+    said = f"{names.block} was given {leaf} as {_short(given)} and returned it as {_short(out)}. "
+    if given.shape != out.shape:
+        return said + "A carry keeps its shape from block to block."
+    return said + (
+        f"A carry keeps its dtype from block to block: cast what the block returns, {leaf}.astype('{given.dtype}'), "
+        f"or give the first block {leaf}.astype('{out.dtype}')."
+    )
+
+
+def _other_sharding(leaf: str, given: Any, out: Any, names: Names) -> str:
+    axes = sorted({str(a) for spec in (given, out) for a in spec.sharding.spec if a is not None})
+    return (
+        f"{names.block} was given {leaf} as {given.str_short(mesh_axis_types=False)} and returned it as "
+        f"{out.str_short(mesh_axis_types=False)}: with explicit sharding the carry keeps its sharding from block to "
+        f"block. Reshard what the block returns, jax.sharding.reshard({leaf}, {given.sharding.spec}), or make the mesh "
+        f"axis {', '.join(axes)} Auto (jax.make_mesh(..., axis_types=...))."
+    )
+
+
+def _type(leaf: Any) -> Any:
+    try:
+        return jax.typeof(leaf)
+    except TypeError:
+        return None
+
+
+def _short(aval: Any) -> str:
+    return f"{aval.dtype}[{','.join(map(str, aval.shape))}]"
+
+
+def _shape_of(tree: Any) -> str:
+    """`tree` with types for its leaves: `(float32[4], {'h': float32[2]})`."""
+    return str(jax.tree.map(lambda leaf: _Word(_short(t) if (t := _type(leaf)) else repr(leaf)), tree))
+
+
+class _Word(str):
+    __repr__ = str.__str__
+
+
+def _varying(aval: Any) -> frozenset[str]:
+    manual = getattr(aval, "manual_axis_type", None)
+    return frozenset(getattr(manual, "varying", None) or getattr(aval, "vma", None) or ())
+
+
+def _explicit(aval: Any) -> bool:
+    return any(axis.name == "Explicit" for axis in aval.sharding.mesh.axis_types)

@@ -1,0 +1,64 @@
+"""The scan engine: `jax.checkpoint` and `lax.scan`, so that every transformation of JAX works through a stack.
+
+`N` blocks, `K` per chunk. Without chunks this is `scan(checkpoint(block, policy))`: what the policy keeps is alive for
+all `N` blocks. With chunks it is `scan(checkpoint(scan(checkpoint(block, policy))))`: the forward pass keeps one carry
+per chunk, and the backward pass re-runs a chunk and keeps what the policy says for its `K` blocks only (Chen et al.,
+"Training deep nets with sublinear memory cost", 2016). A shorter last chunk runs after the scan of the others: chunks
+in a Python loop would lose all saving on GPU, where XLA merges the accumulators of equal loops.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxckpt._setting import Setting
+from jaxckpt.policies.grammar import JaxPolicy, everything, nothing
+
+Step = Callable[[Any, Any], tuple[Any, Any]]
+
+
+def scan_blocks(step: Step, carry: Any, xs: Any, length: int, setting: Setting, keep: JaxPolicy) -> tuple[Any, Any]:
+    """Runs `carry, y = step(carry, x)` for each of `length` slices `x` of `xs`, checkpointed as `setting` says.
+
+    Arguments:
+        step: one block; what it closes over is shared by all blocks and never stored per block.
+        carry: a tree of arrays.
+        xs: a tree of arrays `[N, ...]`.
+        keep: the `jax.checkpoint` policy that `setting.policy` is for this block.
+    Returns:
+        The last carry, and the `y`s stacked to `[N, ...]`.
+    """
+    per_chunk, unroll = setting.blocks_per_ckpt, setting.unroll
+    if per_chunk is None:
+        return _scan(step, keep, carry, xs, length, unroll)
+    if per_chunk == 1:
+        # One block at a time is alive anyway: keeping less inside it would only run it a third time.
+        return _scan(step, nothing, carry, xs, length, unroll)
+
+    def chunk(count: int) -> Step:
+        return lambda carry, xs: _scan(step, keep, carry, xs, count, unroll)
+
+    chunks, rest = divmod(length, per_chunk)
+    cut = chunks * per_chunk
+    whole = jax.tree.map(lambda x: (x[:cut] if rest else x).reshape(chunks, per_chunk, *x.shape[1:]), xs)
+    carry, ys = _scan(chunk(per_chunk), nothing, carry, whole, chunks, 1)
+    ys = jax.tree.map(lambda y: y.reshape(cut, *y.shape[2:]), ys)
+    if rest:
+        last = jax.tree.map(lambda x: x[cut:], xs)
+        carry, tail = _checkpoint(chunk(rest), nothing, prevent_cse=True)(carry, last)
+        ys = jax.tree.map(lambda y, t: jnp.concatenate([y, t]), ys, tail)
+    return carry, ys
+
+
+def _scan(step: Step, keep: JaxPolicy, carry: Any, xs: Any, length: int, unroll: int | bool) -> tuple[Any, Any]:
+    # A loop keeps the re-run apart from the forward pass by itself. Where XLA will see straight-line code instead, the
+    # barrier is needed, or it merges the two and nothing is saved.
+    straight = length == 1 or unroll is True or int(unroll) >= length
+    return lax.scan(_checkpoint(step, keep, prevent_cse=straight), carry, xs, length=length, unroll=unroll)
+
+
+def _checkpoint(step: Step, keep: JaxPolicy, prevent_cse: bool) -> Step:
+    return step if keep is everything else jax.checkpoint(step, policy=keep, prevent_cse=prevent_cse)

@@ -1,0 +1,139 @@
+"""One run of a stack: trace the block once, check it, hoist what it passes through, execute.
+
+Everything that depends on the block is found out here, from one trace of one block, so that an error is raised at the
+call, by us, and not by JAX from inside a scan. The jaxpr of that trace is what the executor runs: the block's Python
+code is entered once per call of the stack, and never where it is jitted and already compiled.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxckpt._params import stacked_length
+from jaxckpt._setting import Setting, check_blocks_per_ckpt, is_array
+from jaxckpt.analysis import jaxpr as jx
+from jaxckpt.engine import check
+from jaxckpt.engine.offload import guard_offload
+from jaxckpt.engine.scan import scan_blocks
+from jaxckpt.policies.grammar import JaxPolicy
+
+Block = Callable[[Any, tuple, dict[str, Any]], tuple[Any, Any]]
+
+
+class Stacked(NamedTuple):
+    """What a stack returns: the last carry as the block gave it, and `aux` and `extra` with a leading axis `N`."""
+
+    carry: Any
+    aux: Any
+    extra: Any
+
+
+def run_stack(
+    block: Block, setting: Setting, length: int, xs: Any, carry: tuple, shared: dict[str, Any], names: check.Names
+) -> Stacked:
+    """Runs `length` blocks under `setting`.
+
+    Arguments:
+        block: `(x, carry, shared) -> (returned, extra)`, pure: `returned` is what the user's block returned (the carry,
+            or `(carry, aux)`), `extra` a tree of arrays of the caller's own.
+        xs: a tree of arrays `[N, ...]`, one slice per block: parameters, rng keys, per-block arguments.
+        carry: the positional arguments of the first block.
+        shared: keyword arguments that all blocks are given; those that are not arrays are static.
+        names: what errors call the block and its arguments.
+    Raises:
+        TypeError, ValueError: see `jaxckpt.engine.check`.
+    """
+    if setting.blocks_per_ckpt is not None:
+        check_blocks_per_ckpt(setting.blocks_per_ckpt, length)
+    setting = replace(setting, length=length)
+    check.carry_given(carry, names)
+    traced = _trace(block, setting, xs, carry, shared, names)
+    check.effects(traced.closed, setting, names)
+    keep, mark = guard_offload(_resolve(setting, traced.closed, names), setting.policy)
+
+    x_leaves = jax.tree.leaves(xs)
+    num_x, num_carry = len(x_leaves), len(traced.carry)
+    source = jx.forwarded(traced.closed.jaxpr)
+    moving = [i for i in range(num_carry) if source[i] != num_x + i]
+    computed = [i for i in range(num_carry, len(source)) if source[i] is None or source[i] >= num_x]
+    run_jaxpr = jx.as_function(traced.closed)
+
+    def step(moved, x):
+        leaves = list(traced.carry)
+        for i, leaf in zip(moving, moved, strict=True):
+            leaves[i] = leaf
+        out = run_jaxpr(*x, *leaves, *traced.arrays)
+        return [out[i] for i in moving], [out[i] for i in computed]
+
+    first = mark([traced.carry[i] for i in moving])
+    last, ys = scan_blocks(step, first, x_leaves, length, setting, keep)
+    leaves = list(traced.carry)
+    for i, leaf in zip(moving, mark(last), strict=True):
+        leaves[i] = leaf
+    stacked = dict(zip(computed, ys, strict=True))
+    # What a block returns of its own slice of `xs` unchanged, parameters above all, is `xs` and not a copy of it.
+    rest = [stacked[i] if i in stacked else x_leaves[source[i]] for i in range(num_carry, len(source))]
+    aux, extra = jax.tree.unflatten(traced.rest_tree, rest)
+    return Stacked(jax.tree.unflatten(traced.carry_tree, leaves), aux, extra)
+
+
+def per_block_of(
+    setting: Setting, length: int, keywords: dict[str, Any], names: check.Names
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`keywords` as those with a leading axis `N`, named in `per_block`, and those that all blocks share."""
+    missing = [name for name in setting.per_block if name not in keywords]
+    if missing:
+        raise TypeError(f"{names.block}: {', '.join(missing)} is named in per_block but was not passed by keyword")
+    per_block = {name: keywords[name] for name in setting.per_block}
+    for name, value in per_block.items():
+        stacked_length(value, length, f"{names.block}: the per-block argument {name!r}")
+    return per_block, {name: value for name, value in keywords.items() if name not in per_block}
+
+
+class _Traced(NamedTuple):
+    closed: Any
+    carry: list[Any]  # leaves as the blocks will be given them, Python numbers promoted
+    carry_tree: Any
+    arrays: list[Any]  # the array leaves of `shared`
+    rest_tree: Any  # structure of (aux, extra)
+
+
+def _trace(block: Block, setting: Setting, xs: Any, carry: tuple, shared: dict[str, Any], names: check.Names):
+    leaves, carry_in_tree = jax.tree.flatten(carry)
+    x_leaves, x_tree = jax.tree.flatten(xs)
+    shared_leaves, shared_tree = jax.tree.flatten(shared)
+    where = [i for i, leaf in enumerate(shared_leaves) if is_array(leaf)]
+    arrays = [shared_leaves[i] for i in where]
+    trees = {}
+
+    def flat(*inputs):
+        x = jax.tree.unflatten(x_tree, inputs[: len(x_leaves)])
+        c = jax.tree.unflatten(carry_in_tree, inputs[len(x_leaves) : len(x_leaves) + len(leaves)])
+        given = list(shared_leaves)
+        for i, array in zip(where, inputs[len(x_leaves) + len(leaves) :], strict=True):
+            given[i] = array
+        returned, extra = block(x, c, jax.tree.unflatten(shared_tree, given))
+        out, aux = check.returned(returned, c, setting.has_aux, names)
+        trees["carry"], trees["rest"] = jax.tree.structure(out), jax.tree.structure((aux, extra))
+        return jax.tree.leaves(out) + jax.tree.leaves((aux, extra))
+
+    slices = jx.slice_types(x_leaves)
+    for _ in range(len(leaves) + 1):
+        closed = jx.trace(flat, *slices, *leaves, *arrays)
+        promoted = check.settle_carry(carry, leaves, closed.out_avals[: len(leaves)], names)
+        if promoted is None:
+            break
+        leaves = promoted
+    return _Traced(closed, leaves, trees["carry"], arrays, trees["rest"])
+
+
+def _resolve(setting: Setting, closed: Any, names: check.Names) -> JaxPolicy:
+    """The `jax.checkpoint` policy that the setting's policy is for this block."""
+    if not setting.policy.reads_tags:
+        return setting.policy.for_tags(())
+    try:
+        return setting.policy.for_tags(jx.tags(closed))
+    except ValueError as error:
+        raise ValueError(f"{names.block}: {error}") from None

@@ -1,0 +1,119 @@
+"""A Linen block to a pure block function, and a Linen stack around it.
+
+The stack's class is a subclass of the block's, with the same fields, whose variables have the tree, names and shapes
+that `nn.scan(Block, variable_axes={...: 0}, split_rngs={...: True}, length=N)` would give them, so that checkpoints move
+between the two and between settings.
+"""
+
+import dataclasses
+import re
+from typing import Any
+
+import flax
+import flax.core
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxckpt._function import check_differentiable
+from jaxckpt._params import stacked_length
+from jaxckpt._setting import Setting
+from jaxckpt.engine import check
+from jaxckpt.engine.stack import per_block_of, run_stack
+from jaxckpt.flax.metadata import add_layer_axis, remove_layer_axis
+
+
+def linen_stack(block: type[nn.Module], setting: Setting) -> type[nn.Module]:
+    """The class of a stack of `block`s: its fields are the block's, its name is that of `nn.scan`, `ScanBlock`."""
+    names = check.names_of(block.__call__, block.__name__, skip=1)
+
+    def __call__(self, *carry: Any, **keywords: Any) -> Any:
+        return _run(self, block, setting, names, carry, keywords)
+
+    doc = f"A checkpointed stack of {setting.length} `{block.__name__}`s; made by `jaxckpt.checkpoint_scan`."
+    # The block's own `setup` must not run in the stack's scope: its parameters have no layer axis.
+    body = {"__call__": __call__, "setup": nn.Module.setup, "__doc__": doc, "__module__": block.__module__}
+    return type(f"Scan{block.__name__}", (block,), body)
+
+
+def linen_stack_instance(block: nn.Module, setting: Setting) -> nn.Module:
+    """The stack of `setting.length` modules like `block`; an explicit name goes over to it at top level."""
+    name = {"name": block.name} if block.parent is None else {}
+    return linen_stack(type(block), setting)(**_fields(block), **name)
+
+
+def _run(
+    stack: nn.Module,
+    block: type[nn.Module],
+    setting: Setting,
+    names: check.Names,
+    carry: tuple,
+    keywords: dict[str, Any],
+) -> Any:
+    scope = stack.scope
+    if scope is None:
+        raise ValueError(f"{names.block}: call stack.init or stack.apply; a Linen module outside them has no variables")
+    check.call_fits(block.__call__, (stack,), carry, keywords, names)
+    assert setting.length is not None
+    per_block, shared = per_block_of(setting, setting.length, keywords, names)
+    variables = flax.core.unfreeze(stack.variables)
+    stacked_length(variables, setting.length, f"{names.block}: the stack's variables")
+    check_differentiable(variables.get("params", {}), names.block)
+    # Block i draws from fold_in(stack.make_rng(name), i): the same in the re-run, and whatever the chunks.
+    rngs = {name: _per_block_keys(stack.make_rng(name), setting.length) for name in scope.rngs}
+    fields = _fields(stack)
+
+    def call(x, carry, shared):
+        variables, rngs, per_block = x
+        # A scope of the block's own, with the flags and the mutable collections of the stack's: one path for init and
+        # apply, and `sow`, `capture_intermediates` and mutable statistics work as in a module that is not stacked.
+        run = flax.core.apply(
+            lambda own: block(**fields, parent=own)(*carry, **shared, **per_block),
+            mutable=scope.mutable,
+            flags=scope.flags,
+        )
+        try:
+            out = run(remove_layer_axis(variables), rngs=rngs)
+        except flax.errors.InvalidRngError as error:
+            raise ValueError(_missing_rng(names, error)) from error
+        return out if scope.mutable is not False else (out, {})
+
+    out = run_stack(call, setting, setting.length, (variables, rngs, per_block), carry, shared, names)
+    for collection, tree in add_layer_axis(flax.core.unfreeze(out.extra)).items():
+        for key, value in tree.items():
+            stack.put_variable(collection, key, value)
+    return (out.carry, out.aux) if setting.has_aux else out.carry
+
+
+def _per_block_keys(key: jax.Array, length: int) -> jax.Array:
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(length))
+
+
+def _fields(module: nn.Module) -> dict[str, Any]:
+    """The constructor arguments of `module`, with modules among them cut loose from where they are bound."""
+
+    def unbound(value):
+        if not isinstance(value, nn.Module) or value.scope is None:
+            return value
+        if value.parent is not module:
+            raise ValueError(
+                f"{type(module).__name__}: the field of type {type(value).__name__} is bound to another module, whose "
+                "parameters cannot be stacked; create it inside the block, or pass it with parent=None"
+            )
+        return value.unbind()[0]
+
+    values = {f.name: getattr(module, f.name) for f in dataclasses.fields(module) if f.init}
+    return {
+        name: jax.tree.map(unbound, value, is_leaf=lambda leaf: isinstance(leaf, nn.Module))
+        for name, value in values.items()
+        if name not in ("parent", "name")
+    }
+
+
+def _missing_rng(names: check.Names, error: Exception) -> str:
+    found = re.search(r'for "(\w+)"', str(error))
+    stream = found[1] if found else "dropout"
+    return (
+        f"{names.block} draws random numbers from {stream!r}, which were not passed: write "
+        f"stack.apply(variables, ..., rngs={{{stream!r}: key}}), or make the block deterministic"
+    )

@@ -1,0 +1,47 @@
+"""What several tests need: the plain loop to compare with, random cotangents, errors relative to a tree's scale."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def plain_loop(block: Callable[..., Any], params: Any, *carry: Any, **shared: Any) -> Any:
+    """The stack without `lax.scan` or `jax.checkpoint`: a Python loop over the slices of `params`."""
+    for i in range(jax.tree.leaves(params)[0].shape[0]):
+        out = block(jax.tree.map(lambda leaf, i=i: leaf[i], params), *carry, **shared)
+        carry = out if len(carry) > 1 else (out,)
+    return carry if len(carry) > 1 else carry[0]
+
+
+def random_like(tree: Any, seed: int = 0) -> Any:
+    """A tree of normal numbers with the shapes and dtypes of `tree`; drawn in NumPy, so the same under every setting."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), tree)
+
+
+def pull_back(fn: Callable[..., Any], *args: Any, seed: int = 1) -> tuple[Any, Any]:
+    """The value of `fn(*args)`, and the gradients of all `args` for a random cotangent, in one jitted program."""
+
+    def run(*args):
+        value, vjp = jax.vjp(fn, *args)
+        return value, vjp(random_like(value, seed))
+
+    return jax.jit(run)(*args)
+
+
+def relative_error(got: Any, want: Any) -> float:
+    """The largest difference between two trees, relative to the largest entry of `want`."""
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    pairs = list(zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True))
+    scale = max(float(jnp.max(jnp.abs(w))) for _, w in pairs)
+    assert scale > 0, "the reference is all zero and shows nothing"
+    return max(float(jnp.max(jnp.abs(g - w))) for g, w in pairs) / scale
+
+
+def assert_no_zero_leaf(tree: Any) -> None:
+    """Every leaf has an entry that is not zero: a gradient test on zeros shows nothing."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        assert bool(jnp.any(leaf != 0)), f"{jax.tree_util.keystr(path)} is all zero"
