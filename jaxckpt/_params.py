@@ -59,7 +59,7 @@ def unstack_params(tree: Any) -> list[Any]:
             "count, does not belong to a layer: unstack the trees that do (an optimizer's mu and nu) and keep it apart"
         )
     length = stacked_length(tree, None, "unstack_params")
-    return [remove_layer_axis(jax.tree.map(lambda leaf: leaf[i], tree)) for i in range(length)]
+    return [remove_layer_axis(jax.tree.map(lambda leaf, i=i: leaf[i], tree)) for i in range(length)]
 
 
 def stacked_length(tree: Any, length: int | None, what: str) -> int:
@@ -90,9 +90,7 @@ def stacked_length(tree: Any, length: int | None, what: str) -> int:
 
 def named_leaves(tree: Any) -> list[tuple[str, Any]]:
     """`(path, leaf)` for each leaf, the path as one would write it: `['mlp']['kernel']`."""
-    return [
-        (jax.tree_util.keystr(path) or "the array", leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    ]
+    return [(jax.tree_util.keystr(path) or "the array", leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
 
 def _stack(leaves: Sequence[Any]) -> Any:

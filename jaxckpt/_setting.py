@@ -42,9 +42,7 @@ def make_setting(
     if policy is None:
         policy = "nothing" if blocks_per_ckpt is None else "everything"
     if not isinstance(unroll, bool) and (not is_integer(unroll) or unroll < 1):
-        raise ValueError(
-            f"unroll, the number of blocks in one loop body, must be True, False or at least 1; got {unroll!r}"
-        )
+        raise ValueError(f"unroll, the number of blocks in one loop body, must be True, False or at least 1; got {unroll!r}")
     if isinstance(per_block, str):
         per_block = (per_block,)
     if not all(isinstance(name, str) for name in per_block):

@@ -150,9 +150,7 @@ class _SameFunction:
         self.seen: set[str] = set()
 
     def __call__(self, carry: tuple, shared: dict[str, Any], per_block: dict[str, Any]) -> None:
-        signature = str(
-            jax.tree.map(lambda leaf: jax.typeof(leaf) if hasattr(leaf, "dtype") else leaf, (carry, shared))
-        )
+        signature = str(jax.tree.map(lambda leaf: jax.typeof(leaf) if hasattr(leaf, "dtype") else leaf, (carry, shared)))
         if signature in self.seen:
             return
         programs = [(i, self._trace(graphdef, carry, shared, per_block)) for graphdef, i in self.graphdefs.items()]

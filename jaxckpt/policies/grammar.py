@@ -66,9 +66,7 @@ class Policy:
     @property
     def may_offload(self) -> bool:
         """Whether a value may go to host memory; of a policy function that is not JAX's own, nobody knows."""
-        return any(
-            term.verb == "offload" or (term.rule is not None and not _is_jaxs_own(term.rule)) for term in self.terms
-        )
+        return any(term.verb == "offload" or (term.rule is not None and not _is_jaxs_own(term.rule)) for term in self.terms)
 
     def for_tags(self, tags: Iterable[str]) -> JaxPolicy:
         """The `jax.checkpoint` policy that this policy is for a block with these tags.
