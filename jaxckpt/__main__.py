@@ -1,3 +1,6 @@
+"""`python -m jaxckpt`, the same as the command `jaxckpt`."""
+
 from jaxckpt.cli import main
 
-raise SystemExit(main())
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jaxckpt._params import stacked_length
 from jaxckpt._setting import Setting, check_blocks_per_ckpt, is_array
@@ -101,7 +102,8 @@ class _Traced(NamedTuple):
 
 
 def _trace(block: Block, setting: Setting, xs: Any, carry: tuple, shared: dict[str, Any], names: check.Names):
-    leaves, carry_in_tree = jax.tree.flatten(carry)
+    # Python numbers become arrays here, weakly typed as before, so that a passed-through one comes back as an array.
+    leaves, carry_in_tree = jax.tree.flatten(jax.tree.map(jnp.asarray, carry))
     x_leaves, x_tree = jax.tree.flatten(xs)
     shared_leaves, shared_tree = jax.tree.flatten(shared)
     where = [i for i, leaf in enumerate(shared_leaves) if is_array(leaf)]

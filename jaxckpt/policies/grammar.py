@@ -148,8 +148,8 @@ def _tags_nothing(policy: str, missed: list[str], tags: frozenset[str]) -> str:
 
 
 def _is_jaxs_own(rule: JaxPolicy) -> bool:
-    """Whether `rule` is one of JAX's policies, none of which offloads; what JAX's factories return is not known."""
-    return rule in vars(jax.checkpoint_policies).values()
+    """Whether `rule` is one of JAX's policies that offload nothing; what its factories return may be a plain closure."""
+    return rule in vars(jax.checkpoint_policies).values() or type(rule).__module__.startswith("jax.")
 
 
 def _listed(names: Iterable[str]) -> str:
