@@ -9,7 +9,8 @@ from typing import Any
 import jax
 
 from jaxckpt import policies
-from jaxckpt._setting import check_blocks_per_ckpt, is_array
+from jaxckpt._leaves import is_array, replaced
+from jaxckpt._setting import check_blocks_per_ckpt
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.policies.grammar import JaxPolicy, everything, nothing
 
@@ -90,26 +91,17 @@ def _split(leaves: list[Any]) -> tuple[list[Any], Callable[[list[Any]], list[Any
     """The array leaves, and a function that puts arrays back among the others."""
     where = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
     others = [None if is_array(leaf) else leaf for leaf in leaves]
-
-    def rebuild(arrays):
-        whole = list(others)
-        for i, array in zip(where, arrays, strict=True):
-            whole[i] = array
-        return whole
-
-    return [leaves[i] for i in where], rebuild
+    return [leaves[i] for i in where], lambda arrays: replaced(others, where, arrays)
 
 
 def _resolve(policy: policies.Policy, blocks: Sequence[Callable[..., Any]], args: tuple[Any, ...]) -> JaxPolicy:
     """The `jax.checkpoint` policy; where it speaks of tags, those of all blocks together."""
     if not policy.reads_tags:
         return policy.for_tags(())
-    arrays, rebuild = _split(jax.tree.leaves(args))
-    tree = jax.tree.structure(args)
-    return policy.for_tags(
-        jx.tags(jx.trace(lambda a: _arrays_of(_run(blocks, jax.tree.unflatten(tree, rebuild(a)))), arrays))
-    )
+    leaves, tree = jax.tree.flatten(args)
+    arrays, rebuild = _split(leaves)
 
+    def all_blocks(arrays):
+        return _split(jax.tree.leaves(_run(blocks, jax.tree.unflatten(tree, rebuild(arrays)))))[0]
 
-def _arrays_of(tree: Any) -> list[Any]:
-    return [leaf for leaf in jax.tree.leaves(tree) if is_array(leaf)]
+    return policy.for_tags(jx.tags(jx.trace(all_blocks, arrays)))

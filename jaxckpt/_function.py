@@ -6,7 +6,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxckpt._params import named_leaves, stacked_length
+from jaxckpt._leaves import named_leaves
+from jaxckpt._params import stacked_length
 from jaxckpt._setting import Setting
 from jaxckpt.engine import check
 from jaxckpt.engine.stack import per_block_of, run_stack

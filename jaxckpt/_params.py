@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxckpt._leaves import named_leaves
 from jaxckpt.flax.metadata import add_layer_axis, remove_layer_axis
 
 
@@ -86,11 +87,6 @@ def stacked_length(tree: Any, length: int | None, what: str) -> int:
     if found < 1:
         raise ValueError(f"{what}: the leading axis of {first} is 0; a stack has at least 1 block")
     return found
-
-
-def named_leaves(tree: Any) -> list[tuple[str, Any]]:
-    """`(path, leaf)` for each leaf, the path as one would write it: `['mlp']['kernel']`."""
-    return [(jax.tree_util.keystr(path) or "the array", leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
 
 def _stack(leaves: Sequence[Any]) -> Any:

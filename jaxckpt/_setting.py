@@ -4,10 +4,10 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import jax
 import numpy as np
 
 from jaxckpt import policies
+from jaxckpt.policies.grammar import JaxPolicy, Policy
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Setting:
 
     length: int | None
     blocks_per_ckpt: int | None
-    policy: policies.Policy
+    policy: Policy
     has_aux: bool
     per_block: tuple[str, ...]
     unroll: int | bool
@@ -28,7 +28,7 @@ class Setting:
 def make_setting(
     length: int | None,
     blocks_per_ckpt: int | None,
-    policy: "str | policies.Policy | policies.grammar.JaxPolicy | None",
+    policy: str | Policy | JaxPolicy | None,
     has_aux: bool,
     per_block: Sequence[str],
     unroll: int | bool,
@@ -72,8 +72,3 @@ def check_blocks_per_ckpt(value: object, length: int | None) -> None:
         f"blocks_per_ckpt must be between 1 and len(blocks){upper}, and an integer; got {shown}. "
         "Write None to keep values for the whole stack instead of chunk by chunk."
     )
-
-
-def is_array(leaf: object) -> bool:
-    """Whether JAX may trace and differentiate `leaf`; Python numbers, strings and other objects are static."""
-    return isinstance(leaf, (jax.Array, np.ndarray, np.generic)) or hasattr(leaf, "__jax_array__")

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
+from jaxckpt._leaves import replaced
+
 # Calls that return what their inner jaxpr returns, so that an output can be followed to an input. custom_jvp and
 # custom_vjp are not among them: an identity with a gradient of its own is not a pass-through.
 _TRANSPARENT = ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint")
@@ -57,10 +59,7 @@ def _differentiated(closed: Any) -> Any:
 
     def forward(*inputs):
         def of_inexact(*values):
-            full = list(inputs)
-            for i, value in zip(inexact, values, strict=True):
-                full[i] = value
-            return fn(*full)
+            return fn(*replaced(inputs, inexact, values))
 
         out, pullback = jax.vjp(of_inexact, *(inputs[i] for i in inexact))
         return out, jax.tree.leaves(pullback)

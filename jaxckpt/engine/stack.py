@@ -6,14 +6,14 @@ code is entered once per call of the stack, and never where it is jitted and alr
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxckpt._leaves import is_array, replaced
 from jaxckpt._params import stacked_length
-from jaxckpt._setting import Setting, check_blocks_per_ckpt, is_array
+from jaxckpt._setting import Setting, check_blocks_per_ckpt
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.engine import check
 from jaxckpt.engine.offload import guard_offload
@@ -48,36 +48,30 @@ def run_stack(
     """
     if setting.blocks_per_ckpt is not None:
         check_blocks_per_ckpt(setting.blocks_per_ckpt, length)
-    setting = replace(setting, length=length)
     check.carry_given(carry, names)
     traced = _trace(block, setting, xs, carry, shared, names)
     check.effects(traced.closed, setting, names)
     keep, mark = guard_offload(_resolve(setting, traced.closed, names), setting.policy)
 
     x_leaves = jax.tree.leaves(xs)
-    num_x, num_carry = len(x_leaves), len(traced.carry)
-    source = jx.forwarded(traced.closed.jaxpr)
-    moving = [i for i in range(num_carry) if source[i] != num_x + i]
-    computed = [i for i in range(num_carry, len(source)) if source[i] is None or source[i] >= num_x]
+    sources = jx.forwarded(traced.closed.jaxpr)
+    sources, rest_sources = sources[: len(traced.carry)], sources[len(traced.carry) :]
+    # A carry that all blocks pass through unchanged is shared: it stays out of the scan, which would store it per block.
+    moving = [i for i, source in enumerate(sources) if source != len(x_leaves) + i]
+    # What a block returns of its own slice of `xs` unchanged, parameters above all, is `xs` and not a copy of it.
+    own = {i: x_leaves[source] for i, source in enumerate(rest_sources) if source is not None and source < len(x_leaves)}
+    computed = [i for i in range(len(rest_sources)) if i not in own]
     run_jaxpr = jx.as_function(traced.closed)
 
     def step(moved, x):
-        leaves = list(traced.carry)
-        for i, leaf in zip(moving, moved, strict=True):
-            leaves[i] = leaf
-        out = run_jaxpr(*x, *leaves, *traced.arrays)
-        return [out[i] for i in moving], [out[i] for i in computed]
+        out = run_jaxpr(*x, *replaced(traced.carry, moving, moved), *traced.arrays)
+        return [out[i] for i in moving], [out[len(sources) + i] for i in computed]
 
     first = mark([traced.carry[i] for i in moving])
     last, ys = scan_blocks(step, first, x_leaves, length, setting, keep)
-    leaves = list(traced.carry)
-    for i, leaf in zip(moving, mark(last), strict=True):
-        leaves[i] = leaf
-    stacked = dict(zip(computed, ys, strict=True))
-    # What a block returns of its own slice of `xs` unchanged, parameters above all, is `xs` and not a copy of it.
-    rest = [stacked[i] if i in stacked else x_leaves[source[i]] for i in range(num_carry, len(source))]
-    aux, extra = jax.tree.unflatten(traced.rest_tree, rest)
-    return Stacked(jax.tree.unflatten(traced.carry_tree, leaves), aux, extra)
+    stacked = own | dict(zip(computed, ys, strict=True))
+    aux, extra = jax.tree.unflatten(traced.rest_tree, [stacked[i] for i in range(len(rest_sources))])
+    return Stacked(jax.tree.unflatten(traced.carry_tree, replaced(traced.carry, moving, mark(last))), aux, extra)
 
 
 def per_block_of(
@@ -113,9 +107,7 @@ def _trace(block: Block, setting: Setting, xs: Any, carry: tuple, shared: dict[s
     def flat(*inputs):
         x = jax.tree.unflatten(x_tree, inputs[: len(x_leaves)])
         c = jax.tree.unflatten(carry_in_tree, inputs[len(x_leaves) : len(x_leaves) + len(leaves)])
-        given = list(shared_leaves)
-        for i, array in zip(where, inputs[len(x_leaves) + len(leaves) :], strict=True):
-            given[i] = array
+        given = replaced(shared_leaves, where, inputs[len(x_leaves) + len(leaves) :])
         returned, extra = block(x, c, jax.tree.unflatten(shared_tree, given))
         out, aux = check.returned(returned, c, setting.has_aux, names)
         trees["carry"], trees["rest"] = jax.tree.structure(out), jax.tree.structure((aux, extra))

@@ -7,13 +7,13 @@ between the two and between settings.
 
 import dataclasses
 import re
-from typing import Any
+from typing import Any, cast
 
-import flax
 import flax.core
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import errors
 
 from jaxckpt._function import check_differentiable
 from jaxckpt._params import stacked_length
@@ -56,7 +56,7 @@ def _run(
     check.call_fits(block.__call__, (stack,), carry, keywords, names)
     assert setting.length is not None
     per_block, shared = per_block_of(setting, setting.length, keywords, names)
-    variables = flax.core.unfreeze(stack.variables)
+    variables = flax.core.unfreeze(cast(dict, stack.variables))
     stacked_length(variables, setting.length, f"{names.block}: the stack's variables")
     check_differentiable(variables.get("params", {}), names.block)
     # Block i draws from fold_in(stack.make_rng(name), i): the same in the re-run, and whatever the chunks.
@@ -74,7 +74,7 @@ def _run(
         )
         try:
             out = run(remove_layer_axis(variables), rngs=rngs)
-        except flax.errors.InvalidRngError as error:
+        except errors.InvalidRngError as error:
             raise ValueError(_missing_rng(names, error)) from error
         return out if scope.mutable is not False else (out, {})
 

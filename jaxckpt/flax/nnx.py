@@ -116,10 +116,10 @@ def _write_back(stack: nnx.Module, before: nnx.State, after: nnx.State) -> None:
     changed = {}
     for path, variable in nnx.to_flat_state(after):
         if path not in old:
-            parent = stack
+            parent: Any = stack
             for key in path[:-1]:
-                parent = parent[key] if isinstance(key, int) else getattr(parent, key)
-            setattr(parent, path[-1], variable)
+                parent = parent[key] if isinstance(key, int) else getattr(parent, str(key))
+            setattr(parent, str(path[-1]), variable)
         elif any(a is not b for a, b in zip(*map(jax.tree.leaves, (old[path], variable)), strict=False)):
             changed[path] = variable
     if changed:

@@ -85,8 +85,9 @@ def register(name: str, policy: "str | JaxPolicy | Policy", *, keeps: str | None
         raise ValueError(f"policy {name!r} exists already: {_REGISTRY[name][1]}; register under another name")
     value = get(policy)
     if keeps is None:
-        keeps = str(value) if isinstance(policy, str) else (getattr(policy, "__doc__", None) or str(value))
-    _REGISTRY[name] = (value, keeps.strip().splitlines()[0])
+        doc = None if isinstance(policy, (str, Policy)) else policy.__doc__
+        keeps = doc.strip().splitlines()[0] if doc else str(value)
+    _REGISTRY[name] = (value, keeps)
 
 
 def _checked(policy: JaxPolicy) -> JaxPolicy:
