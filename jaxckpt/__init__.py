@@ -6,4 +6,5 @@ from jaxckpt._params import stack_params as stack_params
 from jaxckpt._params import unstack_params as unstack_params
 from jaxckpt._scan import checkpoint_scan as checkpoint_scan
 
+__all__ = ["checkpoint_blocks", "checkpoint_scan", "policies", "stack_params", "unstack_params"]
 __version__ = "0.1.0"

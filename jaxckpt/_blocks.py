@@ -3,6 +3,7 @@
 OpenFold, `openfold/utils/checkpointing.py` (AlQuraishi Laboratory, 2021), after AlphaFold 2, supplement 1.11.8.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -46,6 +47,7 @@ def checkpoint_blocks(
     if blocks_per_ckpt is None:
         return _run(blocks, args)
     check_blocks_per_ckpt(blocks_per_ckpt, len(blocks))
+    blocks_per_ckpt = operator.index(blocks_per_ckpt)  # a small NumPy integer would overflow in start + blocks_per_ckpt
     keep = _resolve(policies.get(policy), blocks, args)
     if blocks_per_ckpt == 1:
         keep = everything  # one block at a time is alive anyway: keeping less inside it would only run it a third time

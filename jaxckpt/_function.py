@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxckpt._leaves import named_leaves
-from jaxckpt._params import stacked_length
+from jaxckpt._params import STACK_THEM, stacked_length
 from jaxckpt._setting import Setting
 from jaxckpt.engine import check
 from jaxckpt.engine.stack import per_block_of, run_stack
@@ -15,13 +15,14 @@ from jaxckpt.engine.stack import per_block_of, run_stack
 
 def function_stack(block: Callable[..., Any], setting: Setting) -> Callable[..., Any]:
     """`stack(params, *carry, **shared)` for `block(params, *carry, **shared)`; leaves of `params` are `[N, ...]`."""
-    name = getattr(block, "__name__", None) or type(block).__name__
+    inner = block.func if isinstance(block, functools.partial) else block
+    name = getattr(inner, "__name__", None) or type(inner).__name__
     names = check.names_of(block, name, skip=1)
 
     @functools.wraps(block, updated=())
     def stack(params: Any, *carry: Any, **keywords: Any) -> Any:
         check.call_fits(block, (params,), carry, keywords, names)
-        length = stacked_length(params, setting.length, f"{name}: the stacked parameters")
+        length = stacked_length(params, setting.length, f"{name}: the stacked parameters", STACK_THEM)
         check_differentiable(params, name)
         per_block, shared = per_block_of(setting, length, keywords, names)
 

@@ -4,12 +4,17 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
 def is_array(leaf: object) -> bool:
     """Whether JAX may trace and differentiate `leaf`; Python numbers, strings and other objects are static."""
-    return isinstance(leaf, (jax.Array, np.ndarray, np.generic)) or hasattr(leaf, "__jax_array__")
+    if isinstance(leaf, np.bool_):
+        return False  # a flag, like True
+    if isinstance(leaf, (np.ndarray, np.generic)):  # of strings and of objects there are NumPy arrays too
+        return leaf.dtype == np.bool_ or jnp.issubdtype(leaf.dtype, np.number)
+    return isinstance(leaf, jax.Array) or hasattr(leaf, "__jax_array__")
 
 
 def named_leaves(tree: Any) -> list[tuple[str, Any]]:

@@ -59,39 +59,44 @@ def unstack_params(tree: Any) -> list[Any]:
             f"unstack_params: {', '.join(scalars)} has no layer axis. A single value, such as an optimizer's step "
             "count, does not belong to a layer: unstack the trees that do (an optimizer's mu and nu) and keep it apart"
         )
+    if not jax.tree.leaves(tree):
+        raise ValueError("unstack_params: a tree without leaves does not tell the number of blocks")
     length = stacked_length(tree, None, "unstack_params")
     return [remove_layer_axis(jax.tree.map(lambda leaf, i=i: leaf[i], tree)) for i in range(length)]
 
 
-def stacked_length(tree: Any, length: int | None, what: str) -> int:
+# What to write where parameters have no layer axis.
+STACK_THEM = "; jaxckpt.stack_params makes one tree of per-block trees"
+
+
+def stacked_length(tree: Any, length: int | None, what: str, remedy: str = "") -> int:
     """The leading axis that all leaves of `tree` share, which is `length` where that is given.
 
     Raises:
         ValueError: naming the leaf that has another leading axis, or none; or where nothing tells the length.
     """
-    found, first = length, "length"
+    found, told_by = length, ""
     for name, leaf in named_leaves(tree):
         shape = jnp.shape(leaf)
         if not shape:
             raise ValueError(f"{what}: {name} has shape (); it needs a leading axis, one slice per block")
         if found is None:
-            found, first = shape[0], f"{name} with shape {shape}"
+            found, told_by = shape[0], f" (the leading axis of {name}, shape {shape})"
         elif shape[0] != found:
-            told = f"length={found}" if first == "length" else f"{found}, told by {first}"
             raise ValueError(
-                f"{what}: {name} has shape {shape}, but a stack of {told} needs {found} as its leading axis, "
-                "one slice per block. jaxckpt.stack_params stacks per-block trees."
+                f"{what}: {name} has shape {shape}, but the stack has {found} blocks{told_by}: the leading axis must be "
+                f"{found}, one slice per block{remedy}"
             )
     if found is None:
         raise ValueError(f"{what}: there are no parameters to tell the number of blocks; pass length=")
     if found < 1:
-        raise ValueError(f"{what}: the leading axis of {first} is 0; a stack has at least 1 block")
+        raise ValueError(f"{what}: the stack has 0 blocks{told_by}; it needs at least 1")
     return found
 
 
 def _stack(leaves: Sequence[Any]) -> Any:
     # np.stack where it can: jnp.stack would narrow float64 to float32 unless x64 is on.
-    return np.stack(leaves) if all(isinstance(leaf, np.ndarray) for leaf in leaves) else jnp.stack(leaves)
+    return np.stack(leaves) if all(isinstance(leaf, (np.ndarray, np.generic)) for leaf in leaves) else jnp.stack(leaves)
 
 
 def _check_alike(first_name: str, first: Any, name: str, tree: Any) -> None:
@@ -100,7 +105,7 @@ def _check_alike(first_name: str, first: Any, name: str, tree: Any) -> None:
         only = sorted(a.keys() ^ b.keys())
         raise ValueError(
             f"stack_params: tree {name} has another structure than tree {first_name}: "
-            + (f"only one of them has {', '.join(only)}" if only else "their containers differ")
+            + (f"only one of them has {', '.join(only)}" if only else "their containers or their metadata differ")
         )
     for (path, x), (_, y) in zip(named_leaves(first), named_leaves(tree), strict=True):
         x, y = _type(x), _type(y)

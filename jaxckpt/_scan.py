@@ -8,7 +8,7 @@ import flax.linen as nn
 from flax import nnx
 
 from jaxckpt._function import function_stack
-from jaxckpt._setting import Setting, make_setting
+from jaxckpt._setting import Setting, check_blocks_per_ckpt, make_setting
 from jaxckpt.flax.linen import linen_stack, linen_stack_instance
 from jaxckpt.flax.nnx import nnx_stack, nnx_stack_from_list
 from jaxckpt.policies.grammar import JaxPolicy, Policy
@@ -93,9 +93,12 @@ def _from_list(blocks: list[Any], setting: Setting) -> Any:
     if all(isinstance(block, nnx.Module) for block in blocks):
         if setting.length not in (None, len(blocks)):
             raise ValueError(f"length={setting.length} is in conflict with the list of {len(blocks)} modules; omit it")
+        if setting.blocks_per_ckpt is not None:
+            check_blocks_per_ckpt(setting.blocks_per_ckpt, len(blocks))
         return nnx_stack_from_list(blocks, setting)
-    kind = type(blocks[0]).__name__
-    if any(isinstance(block, nn.Module) for block in blocks):
+    other = next(block for block in blocks if not isinstance(block, nnx.Module))
+    kind = type(other).__name__
+    if isinstance(other, nn.Module):
         raise TypeError(
             f"a list of Linen modules has no parameters to stack. Write checkpoint_scan({kind}, {len(blocks)})(...) for "
             "equal blocks, or checkpoint_blocks for a list of bound modules that differ"

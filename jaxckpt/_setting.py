@@ -1,7 +1,7 @@
 """The knobs of a stack as one frozen value, checked where they are given."""
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,17 +42,18 @@ def make_setting(
     if policy is None:
         policy = "nothing" if blocks_per_ckpt is None else "everything"
     if not isinstance(unroll, bool) and (not is_integer(unroll) or unroll < 1):
-        raise ValueError(f"unroll, the number of blocks in one loop body, must be True, False or at least 1; got {unroll!r}")
-    if isinstance(per_block, str):
-        per_block = (per_block,)
-    if not all(isinstance(name, str) for name in per_block):
+        raise ValueError(
+            f"unroll, the number of blocks in one loop body, must be True, False or an integer of at least 1; got {unroll!r}"
+        )
+    names = (per_block,) if isinstance(per_block, str) else tuple(per_block) if isinstance(per_block, Iterable) else None
+    if names is None or not all(isinstance(name, str) for name in names):
         raise TypeError(f"per_block must name keyword arguments, as in per_block=('rate',); got {per_block!r}")
     return Setting(
         length=None if length is None else operator.index(length),
         blocks_per_ckpt=blocks_per_ckpt,
         policy=policies.get(policy),
         has_aux=bool(has_aux),
-        per_block=tuple(per_block),
+        per_block=names,
         unroll=unroll if isinstance(unroll, bool) else operator.index(unroll),
     )
 

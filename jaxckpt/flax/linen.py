@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import errors
 
 from jaxckpt._function import check_differentiable
-from jaxckpt._params import stacked_length
+from jaxckpt._params import STACK_THEM, stacked_length
 from jaxckpt._setting import Setting
 from jaxckpt.engine import check
 from jaxckpt.engine.stack import per_block_of, run_stack
@@ -57,7 +57,7 @@ def _run(
     assert setting.length is not None
     per_block, shared = per_block_of(setting, setting.length, keywords, names)
     variables = flax.core.unfreeze(cast(dict, stack.variables))
-    stacked_length(variables, setting.length, f"{names.block}: the stack's variables")
+    stacked_length(variables, setting.length, f"{names.block}: the stack's variables", STACK_THEM)
     check_differentiable(variables.get("params", {}), names.block)
     # Block i draws from fold_in(stack.make_rng(name), i): the same in the re-run, and whatever the chunks.
     rngs = {name: _per_block_keys(stack.make_rng(name), setting.length) for name in scope.rngs}
@@ -79,6 +79,7 @@ def _run(
         return out if scope.mutable is not False else (out, {})
 
     out = run_stack(call, setting, setting.length, (variables, rngs, per_block), carry, shared, names)
+    check_differentiable(out.extra.get("params", {}), names.block)  # those that init made
     for collection, tree in add_layer_axis(flax.core.unfreeze(out.extra)).items():
         for key, value in tree.items():
             stack.put_variable(collection, key, value)
@@ -113,6 +114,8 @@ def _fields(module: nn.Module) -> dict[str, Any]:
 def _missing_rng(names: check.Names, error: Exception) -> str:
     found = re.search(r'for "(\w+)"', str(error))
     stream = found[1] if found else "dropout"
+    if stream == "params":
+        return f"{names.block} makes parameters: write stack.init(key, ...), or stack.init({{'params': key, ...}}, ...)"
     return (
         f"{names.block} draws random numbers from {stream!r}, which were not passed: write "
         f"stack.apply(variables, ..., rngs={{{stream!r}: key}}), or make the block deterministic"

@@ -12,7 +12,7 @@ import jax
 from flax import nnx
 
 from jaxckpt._function import check_differentiable
-from jaxckpt._params import stack_params, stacked_length
+from jaxckpt._params import STACK_THEM, stack_params, stacked_length
 from jaxckpt._setting import Setting
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.engine import check
@@ -66,7 +66,7 @@ def _create(block: type[nnx.Module], length: int | None, args: tuple, kwargs: di
     """One module whose arrays have a layer axis: `length` constructor calls in one, by `vmap` over the rng keys."""
     leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=lambda leaf: isinstance(leaf, nnx.Rngs))
     where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, nnx.Rngs)]
-    rngs = [leaves[i].fork(split=length) for i in where]
+    rngs = [leaves[i].split(length) for i in where]
     graphdefs = {}
 
     def one(states):
@@ -95,7 +95,7 @@ def _run(
     assert setting.length is not None
     per_block, shared = per_block_of(setting, setting.length, keywords, names)
     graphdef, state = nnx.split(stack)
-    stacked_length(state, setting.length, f"{names.block}: the stack's state")
+    stacked_length(state, setting.length, f"{names.block}: the stack's state", STACK_THEM)
     check_differentiable(nnx.filter_state(state, nnx.Param), names.block)
     check_alike(carry, shared, jx.slice_types(per_block))
 
@@ -167,6 +167,6 @@ class _SameFunction:
 
     def _trace(self, graphdef: Any, carry: tuple, shared: dict[str, Any], per_block: dict[str, Any]) -> Any:
         def forward(state, carry, per_block):
-            return nnx.pure(self.block.__call__(nnx.merge(graphdef, state), *carry, **shared, **per_block))
+            return nnx.as_pure(self.block.__call__(nnx.merge(graphdef, state), *carry, **shared, **per_block))
 
         return jx.trace(forward, self.state, carry, per_block)

@@ -109,6 +109,8 @@ def parse(text: str, known: dict[str, "Policy"]) -> Policy:
     terms: list[Term] = []
     for part in text.split("+"):
         terms += _parse_term(part.strip(), text, known)
+    if any(term.rule is everything for term in terms) and any(term.verb == "offload" for term in terms):
+        raise ValueError(f"policy {text!r} keeps everything on the device, so that nothing is left to offload; name less")
     return Policy(tuple(terms))
 
 
@@ -119,7 +121,7 @@ def _parse_term(part: str, text: str, known: dict[str, Policy]) -> tuple[Term, .
     if colon and verb in VERBS:
         globs = tuple(glob.strip() for glob in rest.split(","))
         if not all(globs):
-            raise ValueError(f"policy {text!r}: {part!r} names no tag; write '{verb}:NAME' or '{verb}:NAME,mlp_*'")
+            raise ValueError(f"policy {text!r}: a name is missing in {part!r}; write '{verb}:NAME' or '{verb}:NAME,mlp_*'")
         return (Term(part, verb=verb, globs=globs),)
     raise ValueError(_unknown(part, text, known))
 
@@ -144,7 +146,7 @@ def _tags_nothing(policy: str, missed: list[str], tags: frozenset[str]) -> str:
         have = f"its tags are {_listed(tags)}"
         near = difflib.get_close_matches(missed[0], tags, n=1)
         have += f"; did you mean {near[0]!r}?" if near else ""
-    return f"policy {policy!r}: {_listed(missed)} tags nothing in the block; {have}"
+    return f"policy {policy!r}: {_listed(missed)} {'tags' if len(missed) == 1 else 'tag'} nothing in the block; {have}"
 
 
 def _is_jaxs_own(rule: JaxPolicy) -> bool:
@@ -166,7 +168,7 @@ def _union(rules: list[JaxPolicy], saved: set[str], offloaded: set[str]) -> JaxP
             offload_src="device",
             offload_dst="pinned_host",
         )
-    if everything in rules and not offloaded:
+    if everything in rules:
         return everything
     rules = [rule for rule in rules if rule is not nothing]
     if saved:

@@ -1,5 +1,6 @@
 """Policies by name: look up, list, describe, and add one's own."""
 
+import inspect
 from typing import Any
 
 import jax
@@ -63,6 +64,8 @@ def describe(policy: str | None = None) -> str:
     if policy is None:
         rows = [(name, keeps) for name, (_, keeps) in _REGISTRY.items()]
         rows += [(f"{verb}:NAMES", keeps) for verb, keeps in VERBS.items()]
+    elif not isinstance(policy, str):
+        raise TypeError(f"describe takes a name or an expression such as 'dots+save:attn'; got {policy!r}")
     else:
         get(policy)
         parts = [part.strip() for part in policy.split("+")]
@@ -85,17 +88,15 @@ def register(name: str, policy: "str | JaxPolicy | Policy", *, keeps: str | None
         raise ValueError(f"policy {name!r} exists already: {_REGISTRY[name][1]}; register under another name")
     value = get(policy)
     if keeps is None:
-        doc = None if isinstance(policy, (str, Policy)) else policy.__doc__
-        keeps = doc.strip().splitlines()[0] if doc else str(value)
-    _REGISTRY[name] = (value, keeps)
+        keeps = policy.__doc__ if inspect.isfunction(policy) else None
+    lines = (keeps or "").strip().splitlines()
+    _REGISTRY[name] = (value, lines[0] if lines else str(value))
 
 
 def _checked(policy: JaxPolicy) -> JaxPolicy:
     for name, factory in _FACTORIES.items():
         if policy is factory:
-            raise TypeError(
-                f"jax.checkpoint_policies.{name} makes policies and is not one: call it first, as in {_CALLS[name]}"
-            )
+            raise TypeError(f"jax.checkpoint_policies.{name} makes policies and is not one: {_REMEDIES[name]}")
     if getattr(policy, "__qualname__", "").startswith("save_anything_except_these_names"):
         raise ValueError(
             "jax.checkpoint_policies.save_anything_except_these_names saves every value, the named ones included "
@@ -104,13 +105,13 @@ def _checked(policy: JaxPolicy) -> JaxPolicy:
     return policy
 
 
-_CALLS: dict[str, str] = {
-    "save_only_these_names": "save_only_these_names('q', 'k'), or write policy='save:q,k'",
-    "save_any_names_but_these": "save_any_names_but_these('q', 'k'), or write policy='except:q,k'",
-    "save_anything_except_these_names": "policy='except:q,k', since JAX's own saves everything",
-    "save_and_offload_only_these_names": "policy='save:q+offload:k'",
-    "save_from_both_policies": "save_from_both_policies(a, b), or write policy='dots+save:q'",
-    "offload_dot_with_no_batch_dims": "offload_dot_with_no_batch_dims('device', 'pinned_host')",
+_REMEDIES: dict[str, str] = {
+    "save_only_these_names": "call it, save_only_these_names('q', 'k'), or write policy='save:q,k'",
+    "save_any_names_but_these": "call it, save_any_names_but_these('q', 'k'), or write policy='except:q,k'",
+    "save_anything_except_these_names": "write policy='except:q,k' (JAX's own saves everything)",
+    "save_and_offload_only_these_names": "write policy='save:q+offload:k'",
+    "save_from_both_policies": "call it, save_from_both_policies(a, b), or write policy='dots+save:q'",
+    "offload_dot_with_no_batch_dims": "call it, offload_dot_with_no_batch_dims('device', 'pinned_host')",
 }
 
 
