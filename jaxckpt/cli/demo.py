@@ -12,10 +12,10 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,7 +67,7 @@ class Result(NamedTuple):
 def add_parser(commands: Any) -> None:
     about = "train a small language model under four settings and compare memory, time and losses"
     parser = commands.add_parser("demo", help=about, description=f"{about}; on a GPU where JAX finds one")
-    parser.add_argument("--steps", type=_at_least(2, "the loss has to fall"), default=12, help="steps per setting (12)")
+    parser.add_argument("--steps", type=_at_least(2, "the loss has to fall"), default=10, help="steps per setting (10)")
     parser.add_argument(
         "--blocks",
         type=_at_least(CHUNK, f"one of the settings is chunks of {CHUNK}"),
@@ -79,7 +79,11 @@ def add_parser(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace, size: Size | None = None) -> int:
-    """Trains, prints the table, and returns 1 where losses do not fall or do not agree."""
+    """Trains, prints the table, and returns 1 where losses do not fall or do not agree.
+
+    As JSON: what `about_run` tells, `settings`, a list of `Result`s, and `problems`, a list of sentences, empty if all is
+    well. Progress and problems go to stderr.
+    """
     size = size or Size()
     try:
         text = read_text(Path(sysconfig.get_paths()["stdlib"]))
@@ -160,7 +164,7 @@ def compile_step(model: TransformerLM, optimizer: optax.GradientTransformation, 
     """One training step `(state, tokens) -> (state, loss)`, compiled; the old state's memory is given to the new one."""
 
     def loss_of(params, tokens):
-        logits = model.apply({"params": params}, tokens[:, :-1])
+        logits: Any = model.apply({"params": params}, tokens[:, :-1])
         return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
     def step(state, tokens):
@@ -216,7 +220,7 @@ def about_run(options: argparse.Namespace, size: Size, text_bytes: int) -> dict[
         "device": kind,
         "python": platform.python_version(),
         "jax": jax.__version__,
-        "flax": flax.__version__,
+        "flax": version("flax"),
         "jaxckpt": jaxckpt.__version__,
         "text_bytes": text_bytes,
         "blocks": options.blocks,
@@ -258,8 +262,8 @@ def report(about: dict[str, Any], results: Sequence[Result]) -> str:
             *aligned([title, *rows]),
             "",
             "temp: what the compiled step allocates while it runs, activations above all, by XLA's own account.",
-            "total: with parameters, optimizer state and batch. s/step: the median without the first step.",
-            f"gradient difference: the largest from {results[0].setting} at the first step, relative to the largest gradient.",
+            "total: temp plus parameters, optimizer state and batch. s/step: the median without the first step.",
+            "gradient difference: at the first step, from the first setting, relative to the largest entry.",
         ]
     )
 

@@ -1,0 +1,65 @@
+"""The documentation is true: its Python blocks run, and its tables are complete."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from jaxckpt import policies
+from jaxckpt.policies import registry
+from jaxckpt.policies.builtin import builtins
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = PAGES[0].read_text(encoding="utf-8")
+
+
+def python_blocks():
+    found = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for block in re.finditer(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+            line = text[: block.start()].count("\n") + 1
+            # Blank lines in front, so that a traceback tells the line of the page.
+            found.append(pytest.param(page, "\n" * line + block[1], id=f"{page.relative_to(ROOT)}:{line}"))
+    return found
+
+
+@pytest.mark.parametrize("page, code", python_blocks())
+def test_block_runs(page, code, monkeypatch):
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    exec(compile(code, str(page), "exec"), {"__name__": "__main__"})
+
+
+def test_the_first_example_is_short_and_ends_early():
+    start = README.index("```python")
+    assert README[: README.index("```\n", start)].count("\n") < 35
+
+
+@pytest.mark.parametrize(
+    "command", ["pip install -e . && python -m jaxckpt demo", 'pip install -e ".[test]" && python -m pytest']
+)
+def test_the_two_commands_are_told(command):
+    assert command in README.splitlines()
+
+
+def test_every_policy_is_documented():
+    page = (ROOT / "docs" / "policies.md").read_text(encoding="utf-8")
+    told = set(re.findall(r"`([^`]*)`", page))
+    missing = {*builtins(), "save:NAMES", "except:NAMES", "offload:NAMES"} - told
+    assert not missing
+    assert set(builtins()) <= set(policies.names())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    targets = re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8"))
+    local = [target for target in targets if "://" not in target]
+    assert [target for target in local if not (page.parent / target).exists()] == []
+
+
+def test_every_extra_is_told():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    told = set(re.findall(r"`(\w+)`", README.partition("## Extras")[2]))
+    assert set(project["optional-dependencies"]) <= told
