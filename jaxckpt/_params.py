@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxckpt._leaves import named_leaves
-from jaxckpt.flax.metadata import add_layer_axis, remove_layer_axis
+from jaxckpt._metadata import add_layer_axis, remove_layer_axis
 
 
 def stack_params(trees: Sequence[Any] | Mapping[str, Any]) -> Any:

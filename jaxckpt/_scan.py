@@ -1,5 +1,6 @@
 """`checkpoint_scan`: the knobs are checked here, and the block is sent to the front end of its kind."""
 
+import typing
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -81,7 +82,8 @@ def checkpoint_scan(
 
 
 def _class_of(block: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """The class behind `functools.partial(Block, c_z=128)`, and how to put the arguments back."""
+    """The class behind `functools.partial(Block, c_z=128)` or `Block[int]`, and how to put the arguments back."""
+    block = typing.get_origin(block) or block
     if isinstance(block, partial) and isinstance(block.func, type):
         return block.func, lambda stack: partial(stack, *block.args, **block.keywords)
     return block, lambda stack: stack

@@ -20,7 +20,7 @@ from jaxckpt._leaves import replaced
 # custom_vjp are not among them: an identity with a gradient of its own is not a pass-through.
 _TRANSPARENT = ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint")
 
-_HARMLESS = ("DebugEffect", "OrderedDebugEffect")
+_HARMLESS = ("NamedAxisEffect", "DebugEffect", "OrderedDebugEffect")
 
 
 def trace(fn: Callable[..., Any], *args: Any) -> Any:

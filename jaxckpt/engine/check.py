@@ -94,6 +94,18 @@ def returned(value: Any, carry: tuple, has_aux: bool, names: Names) -> tuple[Any
     return value, aux
 
 
+def unchanged(shared: dict[str, Any], before: dict[str, Any], names: Names) -> None:
+    """Refuses a block that changed a shared argument in place, as an NNX module among them allows."""
+    for name, value in shared.items():
+        now, then = jax.tree.leaves(value), jax.tree.leaves(before[name])
+        if len(now) != len(then) or any(a is not b for a, b in zip(now, then, strict=True)):
+            raise ValueError(
+                f"{names.block} changes the state of its argument {name!r} (a counter of random numbers, statistics), which "
+                "all blocks share: each block would start from the same state, and the change would be lost. Make it part "
+                "of the block, or pass values that it computes"
+            )
+
+
 def settle_carry(carry: tuple, leaves: list[Any], out_types: Sequence[Any], names: Names) -> list[Any] | None:
     """None if the block returned the types it was given; otherwise leaves to trace it again with.
 
@@ -138,7 +150,10 @@ def _other_structure(value: Any, given: Any, carry: tuple, names: Names) -> str:
             "What is carried is passed by position: stack(..., x, z), not stack(..., x, z=z). A per-block output that "
             "is not carried is announced with has_aux=True."
         )
-    return said + "A block returns as many values as it is given by position, each of the same structure."
+    return said + (
+        "A block returns as many values as it is given by position, each of the same structure; flags, masks and what else "
+        "all blocks share are passed by keyword."
+    )
 
 
 def _other_type(leaf: str, given: Any, out: Any, names: Names) -> str:

@@ -6,6 +6,7 @@ between the two and between settings.
 """
 
 import dataclasses
+import functools
 import re
 from typing import Any, cast
 
@@ -16,13 +17,14 @@ import jax.numpy as jnp
 from flax import errors
 
 from jaxckpt._function import check_differentiable
+from jaxckpt._metadata import add_layer_axis, remove_layer_axis
 from jaxckpt._params import STACK_THEM, stacked_length
 from jaxckpt._setting import Setting
 from jaxckpt.engine import check
 from jaxckpt.engine.stack import per_block_of, run_stack
-from jaxckpt.flax.metadata import add_layer_axis, remove_layer_axis
 
 
+@functools.cache  # so that equal stacks are equal modules
 def linen_stack(block: type[nn.Module], setting: Setting) -> type[nn.Module]:
     """The class of a stack of `block`s: its fields are the block's, its name is that of `nn.scan`, `ScanBlock`."""
     names = check.names_of(block.__call__, block.__name__, skip=1)
@@ -59,19 +61,21 @@ def _run(
     variables = flax.core.unfreeze(cast(dict, stack.variables))
     stacked_length(variables, setting.length, f"{names.block}: the stack's variables", STACK_THEM)
     check_differentiable(variables.get("params", {}), names.block)
+    _check_unbound(keywords, names)
     # Block i draws from fold_in(stack.make_rng(name), i): the same in the re-run, and whatever the chunks.
     rngs = {name: _per_block_keys(stack.make_rng(name), setting.length) for name in scope.rngs}
     fields = _fields(stack)
 
     def call(x, carry, shared):
         variables, rngs, per_block = x
+
+        def one(own):
+            own.path = scope.path  # what `module.path`, tabulate and Flax's errors show
+            return block(**fields, parent=own)(*carry, **shared, **per_block)
+
         # A scope of the block's own, with the flags and the mutable collections of the stack's: one path for init and
         # apply, and `sow`, `capture_intermediates` and mutable statistics work as in a module that is not stacked.
-        run = flax.core.apply(
-            lambda own: block(**fields, parent=own)(*carry, **shared, **per_block),
-            mutable=scope.mutable,
-            flags=scope.flags,
-        )
+        run = flax.core.apply(one, mutable=scope.mutable, flags=scope.flags)
         try:
             out = run(remove_layer_axis(variables), rngs=rngs)
         except errors.InvalidRngError as error:
@@ -90,8 +94,22 @@ def _per_block_keys(key: jax.Array, length: int) -> jax.Array:
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(length))
 
 
+def _check_unbound(keywords: dict[str, Any], names: check.Names) -> None:
+    """Refuses modules among the shared arguments: inside the loop they would change a parent's variables."""
+    for name, value in keywords.items():
+        for leaf in jax.tree.leaves(value, is_leaf=lambda leaf: isinstance(leaf, nn.Module)):
+            if isinstance(leaf, nn.Module) and leaf.scope is not None:
+                raise ValueError(
+                    f"{names.block}: the argument {name!r} holds a {type(leaf).__name__} that is bound to another module. "
+                    "One loop over blocks cannot use its variables and random numbers: pass what it returns or its "
+                    "parameters as arrays, or create it inside the block"
+                )
+
+
 def _fields(module: nn.Module) -> dict[str, Any]:
     """The constructor arguments of `module`, with modules among them cut loose from where they are bound."""
+
+    copies: dict[int, nn.Module] = {}
 
     def unbound(value):
         if not isinstance(value, nn.Module) or value.scope is None:
@@ -101,7 +119,7 @@ def _fields(module: nn.Module) -> dict[str, Any]:
                 f"{type(module).__name__}: the field of type {type(value).__name__} is bound to another module, whose "
                 "parameters cannot be stacked; create it inside the block, or pass it with parent=None"
             )
-        return value.unbind()[0]
+        return copies.setdefault(id(value), value.unbind()[0])  # one module in two fields stays one
 
     values = {f.name: getattr(module, f.name) for f in dataclasses.fields(module) if f.init}
     return {
@@ -112,7 +130,7 @@ def _fields(module: nn.Module) -> dict[str, Any]:
 
 
 def _missing_rng(names: check.Names, error: Exception) -> str:
-    found = re.search(r'for "(\w+)"', str(error))
+    found = re.search(r'for "([^"]+)"', str(error))
     stream = found[1] if found else "dropout"
     if stream == "params":
         return f"{names.block} makes parameters: write stack.init(key, ...), or stack.init({{'params': key, ...}}, ...)"

@@ -5,21 +5,24 @@ array, so that the paths of its state are the block's and `train()`, `eval()`, o
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from jaxckpt._function import check_differentiable
+from jaxckpt._metadata import add_layer_axis, remove_layer_axis
 from jaxckpt._params import STACK_THEM, stack_params, stacked_length
 from jaxckpt._setting import Setting
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.engine import check
 from jaxckpt.engine.stack import per_block_of, run_stack
-from jaxckpt.flax.metadata import add_layer_axis, remove_layer_axis
 
 
+@functools.cache  # so that equal stacks are of one class
 def nnx_stack(block: type[nnx.Module], setting: Setting) -> type[nnx.Module]:
     """The class of a stack of `block`s; its constructor takes the block's arguments."""
 
@@ -41,8 +44,7 @@ def nnx_stack_from_list(blocks: list[nnx.Module], setting: Setting) -> nnx.Modul
     _check_unshared(blocks)
     graphdefs, states = zip(*(nnx.split(b) for b in blocks), strict=True)
     stacked = nnx.merge(graphdefs[0], stack_params(states))
-    distinct = {graphdef: i for i, graphdef in reversed(list(enumerate(graphdefs)))}
-    check_alike = _SameFunction(block, states[0], distinct) if len(distinct) > 1 else lambda *call: None
+    check_alike = _SameFunction(block, blocks) if len(set(graphdefs)) > 1 else lambda *call: None
     setting = dataclasses.replace(setting, length=len(blocks))
     stack = object.__new__(_stack_class(block, setting, {}, check_alike))
     vars(stack).update(vars(stacked))
@@ -64,7 +66,13 @@ def _stack_class(
 
 def _create(block: type[nnx.Module], length: int | None, args: tuple, kwargs: dict[str, Any]) -> nnx.Module:
     """One module whose arrays have a layer axis: `length` constructor calls in one, by `vmap` over the rng keys."""
-    leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=lambda leaf: isinstance(leaf, nnx.Rngs))
+    leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=lambda leaf: isinstance(leaf, nnx.Pytree))
+    for leaf in leaves:
+        if isinstance(leaf, nnx.Module) and not isinstance(leaf, nnx.Rngs):
+            raise ValueError(
+                f"{block.__name__} was given a {type(leaf).__name__}, and each of the {length} blocks would make its own "
+                "copy of it. Create it in the block, or pass it to the stack as a keyword argument, which all blocks share."
+            )
     where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, nnx.Rngs)]
     rngs = [leaves[i].split(length) for i in where]
     graphdefs = {}
@@ -97,7 +105,7 @@ def _run(
     graphdef, state = nnx.split(stack)
     stacked_length(state, setting.length, f"{names.block}: the stack's state", STACK_THEM)
     check_differentiable(nnx.filter_state(state, nnx.Param), names.block)
-    check_alike(carry, shared, jx.slice_types(per_block))
+    check_alike(graphdef, jx.slice_types((state, per_block)), carry, shared)
 
     def call(x, carry, shared):
         state, per_block = x
@@ -120,10 +128,15 @@ def _write_back(stack: nnx.Module, before: nnx.State, after: nnx.State) -> None:
             for key in path[:-1]:
                 parent = parent[key] if isinstance(key, int) else getattr(parent, str(key))
             setattr(parent, str(path[-1]), variable)
-        elif any(a is not b for a, b in zip(*map(jax.tree.leaves, (old[path], variable)), strict=False)):
+        elif not _same_leaves(old[path], variable):
             changed[path] = variable
     if changed:
         nnx.update(stack, nnx.from_flat_state(changed))
+
+
+def _same_leaves(a: Any, b: Any) -> bool:
+    a, b = jax.tree.leaves(a), jax.tree.leaves(b)
+    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
 
 
 def _check_unshared(blocks: list[nnx.Module]) -> None:
@@ -131,9 +144,14 @@ def _check_unshared(blocks: list[nnx.Module]) -> None:
     for i, block in enumerate(blocks):
         for path, node in nnx.iter_graph(block):
             if isinstance(node, nnx.Variable) and owner.setdefault(id(node), i) != i:
+                keep = (
+                    "rngs.fork() gives each block a stream of its own"
+                    if isinstance(node, nnx.RngState)
+                    else ("Pass what blocks share as a keyword argument")
+                )
                 raise ValueError(
                     f"blocks {owner[id(node)]} and {i} share the variable {'.'.join(map(str, path))}; stacking would make "
-                    "two of it. Pass what blocks share as a keyword argument."
+                    f"two of it. {keep}."
                 )
 
 
@@ -141,32 +159,56 @@ class _SameFunction:
     """Refuses modules that are different functions of their parameters.
 
     Modules may differ in static attributes that do not matter, such as a layer's number; whether they do matter, their
-    jaxprs tell. Each distinct graphdef is traced, once per signature of the call.
+    jaxprs tell. Each distinct set of attributes is traced in the stack's present mode (`train()`, `eval()`), once per mode
+    and signature of the call.
     """
 
-    def __init__(self, block: type[nnx.Module], state: nnx.State, graphdefs: dict[Any, int]):
-        self.block, self.graphdefs = block, graphdefs
-        self.state = jax.eval_shape(lambda s: s, state)
-        self.seen: set[str] = set()
+    def __init__(self, block: type[nnx.Module], blocks: list[nnx.Module]):
+        self.block = block
+        self.seen: set[Any] = set()
+        first, *others = map(_static_attributes, blocks)
+        differences = ({key: (first.get(key), value) for key, value in o.items() if first.get(key) != value} for o in others)
+        distinct: list[tuple[int, dict]] = []
+        for i, difference in enumerate(differences, 1):
+            if difference and all(difference != known for _, known in distinct):
+                distinct.append((i, difference))
+        self.distinct = distinct
 
-    def __call__(self, carry: tuple, shared: dict[str, Any], per_block: dict[str, Any]) -> None:
-        signature = str(jax.tree.map(lambda leaf: jax.typeof(leaf) if hasattr(leaf, "dtype") else leaf, (carry, shared)))
+    def __call__(self, graphdef: Any, x: Any, carry: tuple, shared: dict[str, Any]) -> None:
+        types = jax.tree.map(lambda leaf: jax.typeof(leaf) if hasattr(leaf, "dtype") else leaf, (x, carry, shared))
+        signature = (graphdef, str(types))
         if signature in self.seen:
             return
-        programs = [(i, self._trace(graphdef, carry, shared, per_block)) for graphdef, i in self.graphdefs.items()]
-        programs.sort(key=lambda program: program[0])
-        (first, reference), *others = programs
-        for i, program in others:
-            if not jx.same_program(reference, program):
+        reference = self._trace(graphdef, {}, x, carry, shared)
+        for i, difference in self.distinct:
+            if not jx.same_program(reference, self._trace(graphdef, difference, x, carry, shared)):
                 raise ValueError(
-                    f"blocks {first} and {i} of the list are different functions: their {self.block.__name__}s differ in "
+                    f"blocks 0 and {i} of the list are different functions: their {self.block.__name__}s differ in "
                     "a static attribute that changes what they compute, and one loop runs one function. Use "
                     "checkpoint_blocks, or a stack for each kind."
                 )
         self.seen.add(signature)
 
-    def _trace(self, graphdef: Any, carry: tuple, shared: dict[str, Any], per_block: dict[str, Any]) -> Any:
-        def forward(state, carry, per_block):
-            return nnx.as_pure(self.block.__call__(nnx.merge(graphdef, state), *carry, **shared, **per_block))
+    def _trace(self, graphdef: Any, difference: dict, x: Any, carry: tuple, shared: dict[str, Any]) -> Any:
+        def forward(x, carry):
+            state, per_block = x
+            module = nnx.merge(graphdef, remove_layer_axis(state))
+            for (path, name), (first, value) in difference.items():
+                node = module
+                for key in path:
+                    node = node[key] if isinstance(key, int) else getattr(node, key)
+                if vars(node).get(name) == first:  # otherwise it was set for all blocks since
+                    vars(node)[name] = value
+            return nnx.as_pure(self.block.__call__(module, *carry, **shared, **per_block))
 
-        return jx.trace(forward, self.state, carry, per_block)
+        return jx.trace(forward, x, carry)
+
+
+def _static_attributes(module: nnx.Module) -> dict[tuple, Any]:
+    return {
+        (path, name): value
+        for path, node in nnx.iter_graph(module)
+        if isinstance(node, nnx.Pytree)
+        for name, value in vars(node).items()
+        if not name.startswith("_pytree") and not isinstance(value, (nnx.Variable, nnx.Pytree, jax.Array, np.ndarray))
+    }

@@ -42,6 +42,8 @@ def get(policy: "str | JaxPolicy | Policy") -> Policy:
             f"policy must be a name, an expression such as 'dots+save:attn', or a jax.checkpoint policy function; "
             f"got {policy!r} of type {type(policy).__name__}"
         )
+    if getattr(policy, "__hash__", None) is None:
+        raise TypeError(f"a policy function must be hashable, since stacks are compared by it; got {policy!r}")
     return Policy((Term(_function_name(policy), rule=_checked(policy)),))
 
 
