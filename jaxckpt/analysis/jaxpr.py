@@ -53,18 +53,22 @@ def tags(closed: Any) -> frozenset[str]:
 
 
 def _differentiated(closed: Any) -> Any:
-    """The jaxpr of the forward pass that autodiff makes of a jaxpr: it runs the forward rules of `custom_vjp`."""
+    """The jaxpr of a jaxpr's forward and backward pass: one of them runs the forward rules of `custom_vjp`.
+
+    The backward pass does where the rule stands in a `jax.checkpoint` of the block's own.
+    """
     fn = core.jaxpr_as_fun(closed)
     inexact = [i for i, aval in enumerate(closed.in_avals) if jnp.issubdtype(aval.dtype, jnp.inexact)]
 
-    def forward(*inputs):
+    def forward_and_backward(*inputs):
         def of_inexact(*values):
-            return fn(*replaced(inputs, inexact, values))
+            out = fn(*replaced(inputs, inexact, values))
+            return [value for value in out if jnp.issubdtype(value.dtype, jnp.inexact)]
 
         out, pullback = jax.vjp(of_inexact, *(inputs[i] for i in inexact))
-        return out, jax.tree.leaves(pullback)
+        return pullback(out)
 
-    return jax.make_jaxpr(forward)(*closed.in_avals)
+    return jax.make_jaxpr(forward_and_backward)(*closed.in_avals)
 
 
 def impure_effects(closed: Any) -> list[str]:

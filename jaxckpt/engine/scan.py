@@ -87,9 +87,10 @@ def _(primals, tangents):
 
 
 def _scan(step: Step, keep: JaxPolicy, carry: Any, xs: Any, length: int, unroll: int | bool) -> tuple[Any, Any]:
-    # A loop keeps the re-run apart from the forward pass by itself. Where XLA will see straight-line code instead, the
-    # barrier is needed, or it merges the two and nothing is saved.
-    straight = length == 1 or unroll is True or int(unroll) >= length
+    # A loop keeps the re-run apart from the forward pass by itself. Where XLA sees straight-line code instead, because the
+    # loop runs once or blocks are left over beside it, the barrier is needed, or it merges the two and nothing is saved.
+    per_body = length if unroll is True else max(int(unroll), 1)
+    straight = length // per_body <= 1 or length % per_body != 0
     return lax.scan(_checkpoint(step, keep, prevent_cse=straight), carry, xs, length=length, unroll=unroll)
 
 
