@@ -10,9 +10,10 @@ from typing import Any
 import jax
 
 from jaxckpt import policies
-from jaxckpt._leaves import is_array, replaced
+from jaxckpt._leaves import is_array, named_leaves, replaced
 from jaxckpt._setting import check_blocks_per_ckpt
 from jaxckpt.analysis import jaxpr as jx
+from jaxckpt.flax.linen import bound_module
 from jaxckpt.policies.grammar import JaxPolicy, everything, nothing
 
 
@@ -37,7 +38,11 @@ def checkpoint_blocks(
         What the last block returned, always as a tuple.
 
     Raises:
-        ValueError: `blocks_per_ckpt` is not an integer in [1, len(blocks)], or `policy` is unknown.
+        ValueError: `blocks_per_ckpt` is not an integer in [1, len(blocks)], or `policy` is unknown; a bound Linen
+            module among the blocks writes its variables.
+
+    Bound Linen modules are blocks too, in a parent's `@nn.compact` for instance. `init` runs them without chunks, which it
+    does not need; what they write when applied (`batch_stats`, `sow`) cannot leave a chunk and is refused.
 
     >>> import jax.numpy as jnp
     >>> checkpoint_blocks([jnp.sin, jnp.cos, jnp.sin], jnp.zeros(2), blocks_per_ckpt=2)[0].shape
@@ -48,13 +53,29 @@ def checkpoint_blocks(
         return _run(blocks, args)
     check_blocks_per_ckpt(blocks_per_ckpt, len(blocks))
     blocks_per_ckpt = operator.index(blocks_per_ckpt)  # a small NumPy integer would overflow in start + blocks_per_ckpt
-    keep = _resolve(policies.get(policy), blocks, args)
+    policy = policies.get(policy)
+    modules = [module for module in map(bound_module, blocks) if module is not None]
+    if any(module.is_initializing() for module in modules):
+        return _run(blocks, args)
+    before = _variables(modules)
+    keep = _resolve(policy, blocks, args)
     if blocks_per_ckpt == 1:
         keep = everything  # one block at a time is alive anyway: keeping less inside it would only run it a third time
     for start in range(0, len(blocks), blocks_per_ckpt):
         chunk = [_checkpoint(block, keep) for block in blocks[start : start + blocks_per_ckpt]]
         args = _checkpoint(lambda *a, chunk=chunk: _run(chunk, a), nothing)(*args)
+    for name, leaf in _variables(modules).items():
+        if before.get(name) is not leaf:
+            raise ValueError(
+                f"checkpoint_blocks: a bound Linen module writes {name[1]}, and what is written in a checkpointed chunk is "
+                "lost. Write checkpoint_scan(Block, N), which gives back what blocks write, or blocks_per_ckpt=None"
+            )
     return args
+
+
+def _variables(modules: Sequence[Any]) -> dict[tuple[int, str], Any]:
+    """The variables of bound Linen modules, by module and path."""
+    return {(i, path): leaf for i, module in enumerate(modules) for path, leaf in named_leaves(module.variables)}
 
 
 def _wrap(value: Any) -> tuple[Any, ...]:

@@ -4,10 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
-
-from jaxckpt._leaves import named_leaves
-from jaxckpt._params import STACK_THEM, stacked_length
+from jaxckpt._leaves import STACK_THEM, stacked_length
 from jaxckpt._setting import Setting
 from jaxckpt.engine import check
 from jaxckpt.engine.stack import per_block_of, run_stack
@@ -20,10 +17,10 @@ def function_stack(block: Callable[..., Any], setting: Setting) -> Callable[...,
     names = check.names_of(block, name, skip=1)
 
     @functools.wraps(block, updated=())
-    def stack(params: Any, *carry: Any, **keywords: Any) -> Any:
+    def stack(params: Any, /, *carry: Any, **keywords: Any) -> Any:
         check.call_fits(block, (params,), carry, keywords, names)
         length = stacked_length(params, setting.length, f"{name}: the stacked parameters", STACK_THEM)
-        check_differentiable(params, name)
+        check.differentiable(params, name)
         per_block, shared = per_block_of(setting, length, keywords, names)
 
         def call(x, carry, shared):
@@ -34,15 +31,3 @@ def function_stack(block: Callable[..., Any], setting: Setting) -> Callable[...,
         return (out.carry, out.aux) if setting.has_aux else out.carry
 
     return stack
-
-
-def check_differentiable(params: Any, block: str) -> None:
-    """Refuses parameters that have no gradient."""
-    for path, leaf in named_leaves(params):
-        dtype = getattr(leaf, "dtype", None)
-        if dtype is not None and not jnp.issubdtype(dtype, jnp.inexact):
-            raise TypeError(
-                f"{block}: the parameter {path} is {dtype}{list(jnp.shape(leaf))}, and parameters are differentiated. "
-                "Pass integers, flags and rng keys that differ from block to block as a keyword argument named in "
-                "per_block."
-            )

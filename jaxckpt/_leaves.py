@@ -28,3 +28,33 @@ def replaced(leaves: Sequence[Any], where: Sequence[int], values: Iterable[Any])
     for i, value in zip(where, values, strict=True):
         out[i] = value
     return out
+
+
+# What to write where parameters have no layer axis.
+STACK_THEM = "; jaxckpt.stack_params makes one tree of per-block trees"
+
+
+def stacked_length(tree: Any, length: int | None, what: str, remedy: str = "") -> int:
+    """The leading axis that all leaves of `tree` share, which is `length` where that is given.
+
+    Raises:
+        ValueError: naming the leaf that has another leading axis, or none; or where nothing tells the length.
+    """
+    found, told_by = length, ""
+    for name, leaf in named_leaves(tree):
+        shape = jnp.shape(leaf)
+        if not shape:
+            listed = "; make one array of a list of numbers, jnp.asarray(...)" if isinstance(tree, (list, tuple)) else ""
+            raise ValueError(f"{what}: {name} has shape (); it needs a leading axis, one slice per block{listed}")
+        if found is None:
+            found, told_by = shape[0], f" (the leading axis of {name}, shape {shape})"
+        elif shape[0] != found:
+            raise ValueError(
+                f"{what}: {name} has shape {shape}, but the stack has {found} blocks{told_by}: the leading axis must be "
+                f"{found}, one slice per block{remedy}"
+            )
+    if found is None:
+        raise ValueError(f"{what}: there are no parameters to tell the number of blocks; pass length=")
+    if found < 1:
+        raise ValueError(f"{what}: the stack has 0 blocks{told_by}; it needs at least 1")
+    return found

@@ -84,8 +84,8 @@ def checkpoint_scan(
 def _class_of(block: Any) -> tuple[Any, Callable[[Any], Any]]:
     """The class behind `functools.partial(Block, c_z=128)` or `Block[int]`, and how to put the arguments back."""
     block = typing.get_origin(block) or block
-    if isinstance(block, partial) and isinstance(block.func, type):
-        return block.func, lambda stack: partial(stack, *block.args, **block.keywords)
+    if isinstance(block, partial) and isinstance(cls := typing.get_origin(block.func) or block.func, type):
+        return cls, lambda stack: partial(stack, *block.args, **block.keywords)
     return block, lambda stack: stack
 
 

@@ -22,7 +22,7 @@ class Setting:
     policy: Policy
     has_aux: bool
     per_block: tuple[str, ...]
-    unroll: int | bool
+    unroll: int | None  # None: all. Not True, which equals 1: stacks are cached by their settings
 
 
 def make_setting(
@@ -54,7 +54,7 @@ def make_setting(
         policy=policies.get(policy),
         has_aux=bool(has_aux),
         per_block=names,
-        unroll=unroll if isinstance(unroll, bool) else operator.index(unroll),
+        unroll=None if unroll is True else max(operator.index(unroll), 1),
     )
 
 

@@ -267,7 +267,10 @@ def test_variables_without_a_layer_axis_linen():
 @pytest.mark.parametrize(
     ("params", "parts"),
     [
-        ({"a": W, "b": {"c": W[:2]}}, ["['b']['c'] has shape (2, 4, 4)", "3 blocks (the leading axis of ['a'], shape (3, 4, 4))"]),
+        (
+            {"a": W, "b": {"c": W[:2]}},
+            ["['b']['c'] has shape (2, 4, 4)", "3 blocks (the leading axis of ['a'], shape (3, 4, 4))"],
+        ),
         ({"a": W, "b": jnp.ones(())}, ["['b'] has shape ()", "leading axis"]),
         ({"a": W[:0]}, ["0 blocks (the leading axis of ['a'], shape (0, 4, 4))", "at least 1"]),
         ({}, ["no parameters to tell the number of blocks", "length="]),

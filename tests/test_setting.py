@@ -50,9 +50,10 @@ def test_the_chunk_size_waits_for_the_parameters_where_the_length_is_unknown():
         setting(length=None, blocks_per_ckpt=0)
 
 
-@pytest.mark.parametrize("unroll", [True, False])
-def test_unroll_may_be_a_flag(unroll):
-    assert setting(unroll=unroll).unroll is unroll
+@pytest.mark.parametrize(("unroll", "kept"), [(True, None), (False, 1)])
+def test_unroll_may_be_a_flag_and_settings_tell_true_from_one(unroll, kept):
+    assert setting(unroll=unroll).unroll == kept
+    assert setting(unroll=True) != setting(unroll=1)
 
 
 @pytest.mark.parametrize("unroll", [0, -1, 1.5, 2.0, "2", None, np.float32(2)])

@@ -20,7 +20,8 @@ from jaxckpt._leaves import replaced
 # custom_vjp are not among them: an identity with a gradient of its own is not a pass-through.
 _TRANSPARENT = ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint")
 
-_HARMLESS = ("NamedAxisEffect", "DebugEffect", "OrderedDebugEffect")
+# ErrorEffect: `checkify.check`, a value once `checkify` has transformed the program; JAX refuses it where nothing does.
+_HARMLESS = ("NamedAxisEffect", "DebugEffect", "OrderedDebugEffect", "ErrorEffect")
 
 
 def trace(fn: Callable[..., Any], *args: Any) -> Any:

@@ -14,7 +14,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Arguments:
         argv: the arguments after the program's name; by default those of the process.
     Returns:
-        The exit code: 0, 1 where the command found something wrong, 130 where it was interrupted.
+        The exit code: 0; 1 where the command found something wrong, 2 where it needs what is not installed, 130 where it
+        was interrupted.
     Raises:
         SystemExit: with code 2 for a usage error, with code 0 after `--help` and `--version`.
     """

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxckpt._leaves import named_leaves
 from jaxckpt._setting import Setting
 from jaxckpt.analysis import jaxpr as jx
 
@@ -23,10 +24,17 @@ class Names(NamedTuple):
         return f"{name}{jax.tree_util.keystr(path)}"
 
 
+def method_of(block: type) -> Callable[..., Any]:
+    """The `__call__` of a module class; the metaclass has one too, which makes instances."""
+    if not any("__call__" in vars(cls) for cls in block.__mro__):
+        raise TypeError(f"{block.__name__} has no method __call__, which is what a stack runs; name its forward pass so")
+    return block.__call__
+
+
 def names_of(fn: Callable[..., Any], block: str, skip: int) -> Names:
     """Names read off the signature of `fn`, without its first `skip` parameters (`self`, the parameters)."""
     try:
-        parameters = list(inspect.signature(fn).parameters.values())[skip:]
+        parameters = list(_signature(fn).parameters.values())[skip:]
     except (TypeError, ValueError):
         parameters = []
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -41,17 +49,18 @@ def call_fits(fn: Callable[..., Any], leading: Sequence[Any], carry: tuple, keyw
             "keyword arguments are shared by all blocks and are not carried from one to the next."
         )
     try:
-        signature = inspect.signature(fn)
+        signature = _signature(fn)
     except (TypeError, ValueError):
         return
     try:
         signature.bind(*leading, *carry, **keywords)
     except TypeError as error:
-        parameters = signature.parameters.values()
-        takes = [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        unknown = [name for name in keywords if name not in takes]
-        if unknown:
-            shared = takes[len(leading) + len(carry) :] or ["none"]
+        parameters = list(signature.parameters.values())
+        by_name = [p for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        unknown = [name for name in keywords if name not in {p.name for p in by_name}]
+        if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            filled = parameters[: len(leading) + len(carry)]
+            shared = [p.name for p in by_name if p.kind is p.KEYWORD_ONLY or p not in filled] or ["none"]
             raise TypeError(
                 f"{names.block} takes no keyword argument {', '.join(map(repr, unknown))}; beside the carry it takes: "
                 f"{', '.join(shared)}"
@@ -61,6 +70,38 @@ def call_fits(fn: Callable[..., Any], leading: Sequence[Any], carry: tuple, keyw
             f"keyword arguments {sorted(keywords)}: {error}. Positional arguments are the carry, keyword arguments are "
             "shared by all blocks."
         ) from None
+
+
+def _signature(fn: Callable[..., Any]) -> inspect.Signature:
+    """What `fn` takes. A decorator that copies the name of what it wraps, but adds or takes away arguments, has its own."""
+    own = inspect.signature(fn, follow_wrapped=False)
+    catch_all = all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in own.parameters.values())
+    return inspect.signature(fn) if catch_all else own
+
+
+def layers_whole(xs: Any, names: Names) -> None:
+    """Refuses explicit sharding of the axis along which the loop goes; `xs` is a tuple of trees."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(xs):
+        aval = jax.typeof(leaf)
+        if _explicit(aval) and (axis := aval.sharding.spec[0]) is not None:
+            name = jax.tree_util.keystr(path[1:]) or "the stacked array"
+            raise TypeError(
+                f"{names.block}: {name} is {aval.str_short(mesh_axis_types=False)}, its blocks split over the mesh axis "
+                f"{axis}, and with explicit sharding one loop cannot go along a split axis. Split another axis of the "
+                f"array, or make the mesh axis {axis} Auto (jax.make_mesh(..., axis_types=...))."
+            )
+
+
+def differentiable(params: Any, block: str) -> None:
+    """Refuses parameters that have no gradient."""
+    for path, leaf in named_leaves(params):
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is not None and not jnp.issubdtype(dtype, jnp.inexact):
+            raise TypeError(
+                f"{block}: the parameter {path} is {dtype}{list(jnp.shape(leaf))}, and parameters are differentiated. "
+                "Pass integers, flags and rng keys that differ from block to block as a keyword argument named in "
+                "per_block."
+            )
 
 
 def carry_given(carry: tuple, names: Names) -> None:
@@ -167,7 +208,8 @@ def _other_type(leaf: str, given: Any, out: Any, names: Names) -> str:
 
 
 def _other_sharding(leaf: str, given: Any, out: Any, names: Names) -> str:
-    axes = sorted({str(a) for spec in (given, out) for a in spec.sharding.spec if a is not None})
+    pairs = zip(given.sharding.spec, out.sharding.spec, strict=True)
+    axes = sorted({str(a) for pair in pairs if pair[0] != pair[1] for a in pair if a is not None})
     return (
         f"{names.block} was given {leaf} as {given.str_short(mesh_axis_types=False)} and returned it as "
         f"{out.str_short(mesh_axis_types=False)}: with explicit sharding the carry keeps its sharding from block to "

@@ -86,12 +86,12 @@ def _(primals, tangents):
     return _zeros_like(*primals), tangents[0]
 
 
-def _scan(step: Step, keep: JaxPolicy, carry: Any, xs: Any, length: int, unroll: int | bool) -> tuple[Any, Any]:
+def _scan(step: Step, keep: JaxPolicy, carry: Any, xs: Any, length: int, unroll: int | None) -> tuple[Any, Any]:
     # A loop keeps the re-run apart from the forward pass by itself. Where XLA sees straight-line code instead, because the
     # loop runs once or blocks are left over beside it, the barrier is needed, or it merges the two and nothing is saved.
-    per_body = length if unroll is True else max(int(unroll), 1)
+    per_body = length if unroll is None else unroll
     straight = length // per_body <= 1 or length % per_body != 0
-    return lax.scan(_checkpoint(step, keep, prevent_cse=straight), carry, xs, length=length, unroll=unroll)
+    return lax.scan(_checkpoint(step, keep, prevent_cse=straight), carry, xs, length=length, unroll=per_body)
 
 
 def _checkpoint(step: Step, keep: JaxPolicy, prevent_cse: bool) -> Step:

@@ -2,7 +2,8 @@
 
 Everything that depends on the block is found out here, from one trace of one block, so that an error is raised at the
 call, by us, and not by JAX from inside a scan. The jaxpr of that trace is what the executor runs: the block's Python
-code is entered once per call of the stack, and never where it is jitted and already compiled.
+code is entered once per call of the stack (again where Python numbers in the carry change their type), and never where the
+call is jitted and already compiled.
 """
 
 from collections.abc import Callable
@@ -11,8 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxckpt._leaves import is_array, replaced
-from jaxckpt._params import stacked_length
+from jaxckpt._leaves import is_array, replaced, stacked_length
 from jaxckpt._setting import Setting, check_blocks_per_ckpt
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.engine import check
@@ -49,6 +49,7 @@ def run_stack(
     if setting.blocks_per_ckpt is not None:
         check_blocks_per_ckpt(setting.blocks_per_ckpt, length)
     check.carry_given(carry, names)
+    check.layers_whole(xs, names)
     traced = _trace(block, setting, xs, carry, shared, names)
     check.effects(traced.closed, setting, names)
     keep, mark = guard_offload(_resolve(setting, traced.closed, names), setting.policy)
@@ -116,12 +117,10 @@ def _trace(block: Block, setting: Setting, xs: Any, carry: tuple, shared: dict[s
         return jax.tree.leaves(out) + jax.tree.leaves((aux, extra))
 
     slices = jx.slice_types(x_leaves)
-    for _ in range(len(leaves) + 1):
-        closed = jx.trace(flat, *slices, *leaves, *arrays)
-        promoted = check.settle_carry(carry, leaves, closed.out_avals[: len(leaves)], names)
-        if promoted is None:
-            break
+    closed = jx.trace(flat, *slices, *leaves, *arrays)
+    while (promoted := check.settle_carry(carry, leaves, closed.out_avals[: len(leaves)], names)) is not None:
         leaves = promoted
+        closed = jx.trace(flat, *slices, *leaves, *arrays)
     return _Traced(closed, leaves, trees["carry"], arrays, trees["rest"])
 
 

@@ -8,6 +8,7 @@ between the two and between settings.
 import dataclasses
 import functools
 import re
+from collections.abc import Callable
 from typing import Any, cast
 
 import flax.core
@@ -16,21 +17,21 @@ import jax
 import jax.numpy as jnp
 from flax import errors
 
-from jaxckpt._function import check_differentiable
+from jaxckpt._leaves import STACK_THEM, stacked_length
 from jaxckpt._metadata import add_layer_axis, remove_layer_axis
-from jaxckpt._params import STACK_THEM, stacked_length
 from jaxckpt._setting import Setting
 from jaxckpt.engine import check
 from jaxckpt.engine.stack import per_block_of, run_stack
 
 
-@functools.cache  # so that equal stacks are equal modules
+@functools.lru_cache(1024)  # so that equal stacks are equal modules
 def linen_stack(block: type[nn.Module], setting: Setting) -> type[nn.Module]:
     """The class of a stack of `block`s: its fields are the block's, its name is that of `nn.scan`, `ScanBlock`."""
-    names = check.names_of(block.__call__, block.__name__, skip=1)
+    method = check.method_of(block)
+    names = check.names_of(method, block.__name__, skip=1)
 
-    def __call__(self, *carry: Any, **keywords: Any) -> Any:
-        return _run(self, block, setting, names, carry, keywords)
+    def __call__(self, /, *carry: Any, **keywords: Any) -> Any:
+        return _run(self, block, method, setting, names, carry, keywords)
 
     doc = f"A checkpointed stack of {setting.length} `{block.__name__}`s; made by `jaxckpt.checkpoint_scan`."
     # The block's own `setup` must not run in the stack's scope: its parameters have no layer axis.
@@ -47,6 +48,7 @@ def linen_stack_instance(block: nn.Module, setting: Setting) -> nn.Module:
 def _run(
     stack: nn.Module,
     block: type[nn.Module],
+    method: Callable[..., Any],
     setting: Setting,
     names: check.Names,
     carry: tuple,
@@ -55,12 +57,12 @@ def _run(
     scope = stack.scope
     if scope is None:
         raise ValueError(f"{names.block}: call stack.init or stack.apply; a Linen module outside them has no variables")
-    check.call_fits(block.__call__, (stack,), carry, keywords, names)
+    check.call_fits(method, (stack,), carry, keywords, names)
     assert setting.length is not None
     per_block, shared = per_block_of(setting, setting.length, keywords, names)
     variables = flax.core.unfreeze(cast(dict, stack.variables))
     stacked_length(variables, setting.length, f"{names.block}: the stack's variables", STACK_THEM)
-    check_differentiable(variables.get("params", {}), names.block)
+    check.differentiable(variables.get("params", {}), names.block)
     _check_unbound(keywords, names)
     # Block i draws from fold_in(stack.make_rng(name), i): the same in the re-run, and whatever the chunks.
     rngs = {name: _per_block_keys(stack.make_rng(name), setting.length) for name in scope.rngs}
@@ -83,7 +85,7 @@ def _run(
         return out if scope.mutable is not False else (out, {})
 
     out = run_stack(call, setting, setting.length, (variables, rngs, per_block), carry, shared, names)
-    check_differentiable(out.extra.get("params", {}), names.block)  # those that init made
+    check.differentiable(out.extra.get("params", {}), names.block)  # those that init made
     for collection, tree in add_layer_axis(flax.core.unfreeze(out.extra)).items():
         for key, value in tree.items():
             stack.put_variable(collection, key, value)
@@ -92,6 +94,13 @@ def _run(
 
 def _per_block_keys(key: jax.Array, length: int) -> jax.Array:
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(length))
+
+
+def bound_module(block: Any) -> nn.Module | None:
+    """The bound Linen module that `block`, a module, its method or a `functools.partial` of either, runs."""
+    block = block.func if isinstance(block, functools.partial) else block
+    block = getattr(block, "__self__", block)
+    return block if isinstance(block, nn.Module) and block.scope is not None else None
 
 
 def _check_unbound(keywords: dict[str, Any], names: check.Names) -> None:

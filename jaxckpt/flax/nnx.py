@@ -13,16 +13,16 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxckpt._function import check_differentiable
+from jaxckpt._leaves import STACK_THEM, stacked_length
 from jaxckpt._metadata import add_layer_axis, remove_layer_axis
-from jaxckpt._params import STACK_THEM, stack_params, stacked_length
+from jaxckpt._params import stack_params
 from jaxckpt._setting import Setting
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.engine import check
 from jaxckpt.engine.stack import per_block_of, run_stack
 
 
-@functools.cache  # so that equal stacks are of one class
+@functools.lru_cache(1024)  # so that equal stacks are of one class
 def nnx_stack(block: type[nnx.Module], setting: Setting) -> type[nnx.Module]:
     """The class of a stack of `block`s; its constructor takes the block's arguments."""
 
@@ -44,9 +44,11 @@ def nnx_stack_from_list(blocks: list[nnx.Module], setting: Setting) -> nnx.Modul
     _check_unshared(blocks)
     graphdefs, states = zip(*(nnx.split(b) for b in blocks), strict=True)
     stacked = nnx.merge(graphdefs[0], stack_params(states))
-    check_alike = _SameFunction(block, blocks) if len(set(graphdefs)) > 1 else lambda *call: None
     setting = dataclasses.replace(setting, length=len(blocks))
-    stack = object.__new__(_stack_class(block, setting, {}, check_alike))
+    # Equal modules make a stack of the kind that the class makes, so that jit sees equal stacks as equal.
+    alike = len(set(graphdefs)) == 1
+    cls = nnx_stack(block, setting) if alike else _stack_class(block, setting, {}, _SameFunction(block, blocks))
+    stack = object.__new__(cls)
     vars(stack).update(vars(stacked))
     return stack
 
@@ -54,10 +56,11 @@ def nnx_stack_from_list(blocks: list[nnx.Module], setting: Setting) -> nnx.Modul
 def _stack_class(
     block: type[nnx.Module], setting: Setting, body: dict[str, Any], check_alike: Callable[..., None]
 ) -> type[nnx.Module]:
-    names = check.names_of(block.__call__, block.__name__, skip=1)
+    method = check.method_of(block)
+    names = check.names_of(method, block.__name__, skip=1)
 
-    def __call__(self, *carry: Any, **keywords: Any) -> Any:
-        return _run(self, block, setting, names, check_alike, carry, keywords)
+    def __call__(self, /, *carry: Any, **keywords: Any) -> Any:
+        return _run(self, method, setting, names, check_alike, carry, keywords)
 
     doc = f"A checkpointed stack of {setting.length} `{block.__name__}`s; made by `jaxckpt.checkpoint_scan`."
     body = {**body, "__call__": __call__, "__doc__": doc, "__module__": block.__module__}
@@ -92,25 +95,25 @@ def _create(block: type[nnx.Module], length: int | None, args: tuple, kwargs: di
 
 def _run(
     stack: nnx.Module,
-    block: type[nnx.Module],
+    method: Callable[..., Any],
     setting: Setting,
     names: check.Names,
     check_alike: Callable[..., None],
     carry: tuple,
     keywords: dict[str, Any],
 ) -> Any:
-    check.call_fits(block.__call__, (stack,), carry, keywords, names)
+    check.call_fits(method, (stack,), carry, keywords, names)
     assert setting.length is not None
     per_block, shared = per_block_of(setting, setting.length, keywords, names)
     graphdef, state = nnx.split(stack)
     stacked_length(state, setting.length, f"{names.block}: the stack's state", STACK_THEM)
-    check_differentiable(nnx.filter_state(state, nnx.Param), names.block)
+    check.differentiable(nnx.filter_state(state, nnx.Param), names.block)
     check_alike(graphdef, jx.slice_types((state, per_block)), carry, shared)
 
     def call(x, carry, shared):
         state, per_block = x
         one = nnx.merge(graphdef, remove_layer_axis(state))
-        returned = block.__call__(one, *carry, **shared, **per_block)
+        returned = method(one, *carry, **shared, **per_block)
         return returned, nnx.split(one)[1]
 
     out = run_stack(call, setting, setting.length, (state, per_block), carry, shared, names)

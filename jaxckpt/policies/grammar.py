@@ -75,26 +75,25 @@ class Policy:
             ValueError: a glob matches none of `tags`, or a tag is both saved and offloaded.
         """
         tags = frozenset(tags)
-        saved, offloaded, rules = set(), set(), []
+        named, rest, offloaded, rules = set(), set(), set(), []
         for term in self.terms:
             if term.rule is not None:
                 rules.append(term.rule)
                 continue
             matched = self._matches(term, tags)
             if term.verb == "save":
-                saved |= matched
+                named |= matched
             elif term.verb == "except":
                 # Not `save_anything_except_these_names`, which saves everything upstream.
-                saved |= tags - matched
+                rest |= tags - matched
             else:
                 offloaded |= matched
-        named = {tag for term in self.terms if term.verb == "save" for tag in self._matches(term, tags)}
         if named & offloaded:
             raise ValueError(
                 f"policy {str(self)!r} both saves and offloads {_listed(named & offloaded)}; "
                 "a value is kept in one place, so name it in one term"
             )
-        return _union(rules, saved - offloaded, offloaded)
+        return _union(rules, (named | rest) - offloaded, offloaded)
 
     def _matches(self, term: Term, tags: frozenset[str]) -> set[str]:
         found = {glob: fnmatch.filter(tags, glob) for glob in term.globs}
