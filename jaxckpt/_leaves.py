@@ -30,6 +30,12 @@ def replaced(leaves: Sequence[Any], where: Sequence[int], values: Iterable[Any])
     return out
 
 
+def same_leaves(a: Any, b: Any) -> bool:
+    """Whether two trees hold the very same objects, in the same order."""
+    a, b = jax.tree.leaves(a), jax.tree.leaves(b)
+    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
+
+
 # What to write where parameters have no layer axis.
 STACK_THEM = "; jaxckpt.stack_params makes one tree of per-block trees"
 

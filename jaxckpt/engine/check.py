@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxckpt._leaves import named_leaves
+from jaxckpt._leaves import named_leaves, same_leaves
 from jaxckpt._setting import Setting
 from jaxckpt.analysis import jaxpr as jx
 
@@ -138,8 +138,7 @@ def returned(value: Any, carry: tuple, has_aux: bool, names: Names) -> tuple[Any
 def unchanged(shared: dict[str, Any], before: dict[str, Any], names: Names) -> None:
     """Refuses a block that changed a shared argument in place, as an NNX module among them allows."""
     for name, value in shared.items():
-        now, then = jax.tree.leaves(value), jax.tree.leaves(before[name])
-        if len(now) != len(then) or any(a is not b for a, b in zip(now, then, strict=True)):
+        if not same_leaves(value, before[name]):
             raise ValueError(
                 f"{names.block} changes the state of its argument {name!r} (a counter of random numbers, statistics), which "
                 "all blocks share: each block would start from the same state, and the change would be lost. Make it part "

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxckpt._leaves import STACK_THEM, stacked_length
+from jaxckpt._leaves import STACK_THEM, same_leaves, stacked_length
 from jaxckpt._metadata import add_layer_axis, remove_layer_axis
 from jaxckpt._params import stack_params
 from jaxckpt._setting import Setting
@@ -131,15 +131,10 @@ def _write_back(stack: nnx.Module, before: nnx.State, after: nnx.State) -> None:
             for key in path[:-1]:
                 parent = parent[key] if isinstance(key, int) else getattr(parent, str(key))
             setattr(parent, str(path[-1]), variable)
-        elif not _same_leaves(old[path], variable):
+        elif not same_leaves(old[path], variable):
             changed[path] = variable
     if changed:
         nnx.update(stack, nnx.from_flat_state(changed))
-
-
-def _same_leaves(a: Any, b: Any) -> bool:
-    a, b = jax.tree.leaves(a), jax.tree.leaves(b)
-    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
 
 
 def _check_unshared(blocks: list[nnx.Module]) -> None:
