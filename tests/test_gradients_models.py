@@ -16,7 +16,7 @@ from flax import nnx
 
 from jaxckpt import checkpoint_scan, policies
 from jaxckpt.models import EvoformerBlock, NNXTransformerBlock, PairformerBlock, TransformerBlock
-from tests.support import assert_no_zero_leaf, random_like, relative_error
+from tests.support import QUICK, assert_no_zero_leaf, random_like, relative_error
 
 LENGTH = 6
 TOKENS, SEQUENCES = 3, 2
@@ -86,8 +86,12 @@ class Case(NamedTuple):
     dtype: str
 
 
+# Chunks of one are one program under every policy that does not offload, see tests/engine/test_scan.py and tests/parity.
 FULL = [
-    Case(model, *rest) for model in MODELS for rest in itertools.product(CHUNKS, policies_for(model), (False, True), DTYPES)
+    Case(model, k, policy, *rest)
+    for model in MODELS
+    for k, policy, *rest in itertools.product(CHUNKS, policies_for(model), (False, True), DTYPES)
+    if k != 1 or policy == "nothing" or policies.get(policy).may_offload
 ]
 
 
@@ -113,9 +117,7 @@ COVER = sorted(
     key=lambda case: (list(MODELS).index(case.model), case.dropout, case.dtype),
 )
 
-# Compiling is most of the time here. The option halves it on JAX 0.10.2; newer ones do not have it.
-_OPTIONS = {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {}
-quick_jit = partial(jax.jit, compiler_options=_OPTIONS)
+quick_jit = partial(jax.jit, compiler_options=QUICK)
 
 
 def weights_like(tree, seed):

@@ -12,15 +12,13 @@ import jax.numpy as jnp
 import pytest
 
 from jaxckpt import checkpoint_scan
-from tests.support import assert_no_zero_leaf, plain_loop, random_like, relative_error
+from tests.support import QUICK, assert_no_zero_leaf, plain_loop, random_like, relative_error
 
 SETTINGS = [(k, policy) for k in (None, 2) for policy in ("nothing", "everything", "dots")]
 settings = pytest.mark.parametrize("k, policy", SETTINGS)
 LENGTH, SHAPE = 3, (2, 4)
 
-# Compiling is most of the time here. The option halves it on JAX 0.10.2; newer ones do not have it.
-_OPTIONS = {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {}
-quick_jit = partial(jax.jit, compiler_options=_OPTIONS)
+quick_jit = partial(jax.jit, compiler_options=QUICK)
 
 
 def block(p, x, *, mask):

@@ -23,6 +23,7 @@ TOLERANCE = {"float64": 1e-10, "float32": 1e-4}
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_parallel_codegen_split_count": 1}
 if jax.__version_info__ < (0, 11):
     QUICK["xla_cpu_use_fusion_emitters"] = False
+    QUICK["xla_disable_hlo_passes"] = "simplification,constant_folding"
 
 
 @dataclass(frozen=True)
@@ -91,10 +92,20 @@ def draw(
 
 def run_flax(problem: Problem, **knobs: Any) -> Result:
     """Values and gradients of `checkpoint_scan(problem.block, N, **knobs)`, jitted."""
-    masks = dropout.collection(problem.masks) if problem.masks else {}
     with _precision(problem.carry):
-        run = _program(problem.block, problem.length, bool(masks), **knobs)
-        return jax.device_get(run(problem.variables, problem.carry, problem.shared, problem.cotangents, masks))
+        program = _program(problem.block, problem.length, bool(problem.masks), **knobs)
+        return jax.device_get(program(*_arguments(problem)))
+
+
+def trace_flax(problem: Problem, **knobs: Any) -> jax.stages.Traced:
+    """The program of `run_flax`."""
+    with _precision(problem.carry):
+        return _program(problem.block, problem.length, bool(problem.masks), **knobs).trace(*_arguments(problem))
+
+
+def _arguments(problem: Problem) -> tuple[Any, ...]:
+    masks = dropout.collection(problem.masks) if problem.masks else {}
+    return problem.variables, problem.carry, problem.shared, problem.cotangents, masks
 
 
 @functools.lru_cache(maxsize=1)

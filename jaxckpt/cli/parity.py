@@ -94,7 +94,7 @@ def compare() -> Iterator[Row]:
             yield Row(model, *knobs, "float64", *parity.errors(got, want), most=(exact, exact))
     for model, (per_ckpt, settings) in CASES.items():
         per_block, policy = settings[0]
-        ours, theirs = problems.bfloat16_errors(model, per_ckpt, blocks_per_ckpt=per_block, policy=policy)
+        ours, theirs = problems.bfloat16_errors(model, problems.LENGTH, per_ckpt, blocks_per_ckpt=per_block, policy=policy)
         yield Row(model, per_block, policy, "bfloat16", *ours, most=tuple(ROUNDING * e for e in theirs))
 
 

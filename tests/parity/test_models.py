@@ -1,6 +1,7 @@
 """Values and gradients of the Flax stacks equal those of the torch stacks, whatever the setting on either side."""
 
 import functools
+import itertools
 
 import numpy as np
 import pytest
@@ -15,7 +16,6 @@ from torch_ref.parity import TOLERANCE, errors
 from torch_ref.problems import LENGTH, MODELS, bfloat16_errors, problem, torch_stack
 
 PER_CKPT = (None, 1, 2, 3, LENGTH)
-PAIR_TAGS = ("save:tri_mul_*,attention_context", "except:tri_*,pair_transition")
 
 
 def distinct_policies() -> list[str]:
@@ -34,18 +34,14 @@ def distinct_policies() -> list[str]:
     return list(found.values())
 
 
-def cover() -> list:
-    """Every model, chunk size and policy. In every run each policy of a model, and each chunk size; the rest is `full`."""
+def product() -> list[tuple]:
+    """Every model, policy and chunk size. Chunks of one are the same program under all policies but those that offload."""
     cases = []
     for model in MODELS:
         # MaxText's recipes speak of a transformer's tags only.
-        rules = [name for name in distinct_policies() if model == "transformer" or not policies.get(name).reads_tags]
-        names = [*rules, *(PAIR_TAGS if model != "transformer" else ())]
-        for i, policy in enumerate(names):
-            for j, per_ckpt in enumerate(PER_CKPT):
-                often = (i + j) % len(PER_CKPT) in ((0, 2) if model == "transformer" else (0,))
-                marks = () if often else pytest.mark.full
-                cases.append(pytest.param(model, per_ckpt, policy, marks=marks, id=f"{model}-{per_ckpt}-{policy}"))
+        names = [name for name in distinct_policies() if model == "transformer" or not policies.get(name).reads_tags]
+        cases.extend(itertools.product((model,), names, [k for k in PER_CKPT if k != 1]))
+        cases.extend((model, name, 1) for name in names if name == "nothing" or policies.get(name).may_offload)
     return cases
 
 
@@ -63,29 +59,44 @@ def wanted(model, per_ckpt, dtype="float64", **how):
     return want
 
 
-@pytest.mark.parametrize(("model", "per_ckpt", "policy"), cover())
-def test_float64_with_dropout(model, per_ckpt, policy):
-    got = parity.run_flax(posed(model, with_dropout=True), blocks_per_ckpt=per_ckpt, policy=policy)
-    want = wanted(model, per_ckpt, with_dropout=True)
-    assert errors(got, want).within(TOLERANCE["float64"]), errors(got, want)
+def compare(model, per_ckpt, policy, dtype="float64", **how):
+    got = parity.run_flax(posed(model, dtype, **how), blocks_per_ckpt=per_ckpt, policy=policy)
+    want = wanted(model, per_ckpt, dtype, **how)
+    assert {leaf.dtype for leaf in got.values} == {np.dtype(dtype)}
+    assert errors(got, want).within(TOLERANCE[dtype]), errors(got, want)
 
 
-WITHOUT_DROPOUT = {
-    "transformer": [(None, "everything"), (1, "nothing"), (2, "minimal_with_context"), (3, "dots"), (4, "save_out_proj")],
-    "pairformer": [(None, PAIR_TAGS[0]), (2, "dots")],
-    "evoformer": [(1, "nothing"), (LENGTH, "dots_no_batch")],
-}
-MASKS = [("transformer", ()), ("pairformer", ()), ("pairformer", ("mask",)), ("evoformer", ("msa_mask",))]
+@pytest.mark.parametrize(("model", "policy", "per_ckpt"), product())
+def test_float64_with_dropout(model, policy, per_ckpt):
+    compare(model, per_ckpt, policy, with_dropout=True)
+
+
+@pytest.mark.parametrize(("model", "policy", "per_ckpt"), product())
+def test_float32(model, policy, per_ckpt):
+    compare(model, per_ckpt, policy, "float32")
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_chunks_of_one_are_one_program_under_every_policy(model):
+    names = {policy for name, policy, _ in product() if name == model and not policies.get(policy).may_offload}
+    assert len(names) >= 4
+    assert len({str(parity.trace_flax(posed(model), blocks_per_ckpt=1, policy=name).jaxpr) for name in names}) == 1
 
 
 @pytest.mark.parametrize(
-    ("model", "per_ckpt", "policy"), [(model, *setting) for model, found in WITHOUT_DROPOUT.items() for setting in found]
+    ("model", "policy", "per_ckpt"),
+    [
+        ("transformer", "dots", 4),
+        ("evoformer", "dots", 5),
+        ("pairformer", "save:tri_mul_*,attention_context", None),
+        ("evoformer", "except:tri_*,pair_transition", 2),
+    ],
 )
-def test_float32(model, per_ckpt, policy):
-    got = parity.run_flax(posed(model, "float32"), blocks_per_ckpt=per_ckpt, policy=policy)
-    want = wanted(model, per_ckpt, "float32")
-    assert {leaf.dtype for leaf in got.values} == {np.dtype("float32")}
-    assert errors(got, want).within(TOLERANCE["float32"]), errors(got, want)
+def test_shorter_last_chunks_and_tags_of_the_pair_models(model, policy, per_ckpt):
+    compare(model, per_ckpt, policy, with_dropout=True)
+
+
+MASKS = [("transformer", ()), ("pairformer", ()), ("pairformer", ("mask",)), ("evoformer", ("msa_mask",))]
 
 
 @pytest.mark.parametrize(("model", "masks"), MASKS)
@@ -105,7 +116,7 @@ def test_torch_is_the_same_under_every_setting(model):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_bfloat16_is_as_good_as_torchs(model, capsys):
-    ours, theirs = bfloat16_errors(model, torch_per_ckpt=2, blocks_per_ckpt=1)
+    ours, theirs = bfloat16_errors(model, length=4, torch_per_ckpt=2, blocks_per_ckpt=1)
     with capsys.disabled():
         print(f"\nbfloat16, {model}: Flax {ours}, torch {theirs}")
     assert min(theirs) > 1e-3, "torch did not compute in bf16"

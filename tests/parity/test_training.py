@@ -70,7 +70,7 @@ def train_flax(given, blocks_per_ckpt, policy):
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.usefixtures("x64")
 def test_parameters_agree_after_ten_steps(model):
-    given = problem(model)
+    given = problem(model, length=4)
     want, their_losses = train_torch(torch_stack(model, given), given, blocks_per_ckpt=4)
     got, our_losses = train_flax(given, *SETTINGS[model])
     assert relative_error(got, want) < 1e-8
