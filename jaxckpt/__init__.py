@@ -5,6 +5,16 @@ from jaxckpt._blocks import checkpoint_blocks as checkpoint_blocks
 from jaxckpt._params import stack_params as stack_params
 from jaxckpt._params import unstack_params as unstack_params
 from jaxckpt._scan import checkpoint_scan as checkpoint_scan
+from jaxckpt.memory import targets as targets
+from jaxckpt.memory.measure import measure as measure
 
-__all__ = ["checkpoint_blocks", "checkpoint_scan", "policies", "stack_params", "unstack_params"]
+__all__ = [
+    "checkpoint_blocks",
+    "checkpoint_scan",
+    "measure",
+    "policies",
+    "stack_params",
+    "targets",
+    "unstack_params",
+]
 __version__ = "0.1.0"

@@ -6,8 +6,14 @@ import os
 # order of operations nor what the compiler allocates.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
+# Where JAX's CUDA plugin is installed without NVIDIA's libraries it refuses to load, and could not compile for a GPU that is
+# only described.
+os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+
 import jax
 import pytest
+
+from jaxckpt import targets
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -17,3 +23,12 @@ def x64():
     """Double precision for one test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="session")
+def h200():
+    """A GPU that is not there; skips where JAX's CUDA plugin is not installed."""
+    try:
+        return targets.get("h200")
+    except RuntimeError as error:
+        pytest.skip(str(error))

@@ -121,7 +121,7 @@ def returned(value: Any, carry: tuple, has_aux: bool, names: Names) -> tuple[Any
     aux = None
     if has_aux:
         if not isinstance(value, tuple) or len(value) != 2:
-            raise TypeError(f"{names.block}: with has_aux=True a block returns (carry, aux); got {_shape_of(value)}")
+            raise TypeError(f"{names.block}: with has_aux=True a block returns (carry, aux); got {shape_of(value)}")
         value, aux = value
     if jax.tree.structure(value) != jax.tree.structure(given):
         raise TypeError(_other_structure(value, given, carry, names))
@@ -180,7 +180,7 @@ def effects(closed: Any, setting: Setting, names: Names) -> None:
 
 
 def _other_structure(value: Any, given: Any, carry: tuple, names: Names) -> str:
-    said = f"{names.block} was given the carry {_shape_of(given)} and returned {_shape_of(value)}. "
+    said = f"{names.block} was given the carry {shape_of(given)} and returned {shape_of(value)}. "
     if value is None:
         return said + "Is its return statement missing?"
     if isinstance(value, tuple) and len(carry) == 1:
@@ -228,7 +228,7 @@ def _short(aval: Any) -> str:
     return f"{aval.dtype}[{','.join(map(str, aval.shape))}]"
 
 
-def _shape_of(tree: Any) -> str:
+def shape_of(tree: Any) -> str:
     """`tree` with types for its leaves: `(float32[4], {'h': float32[2]})`."""
     return str(jax.tree.map(lambda leaf: _Word(_short(t) if (t := _type(leaf)) else repr(leaf)), tree))
 

@@ -1,0 +1,189 @@
+"""What a function needs: bytes, as the compiler says, on a device that need not be there; seconds, on one that is."""
+
+import dataclasses
+import os
+import re
+import statistics
+import time as clock
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxckpt._leaves import is_array
+from jaxckpt.engine.check import shape_of
+from jaxckpt.memory import targets
+from jaxckpt.memory.targets import Target
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Sizes of one compiled program, in bytes on each device, as `compiled.memory_analysis()` gives them.
+
+    Fields:
+        target: the name of the target, and `device` what the device calls itself.
+        temp_bytes: what the program allocates for itself while it runs.
+        argument_bytes, output_bytes: what it is given and what it returns.
+        aliased_bytes: outputs that lie in the memory of donated arguments.
+        host_bytes: pinned host memory: arguments, outputs and temporaries, aliased ones once.
+        compile_seconds: of XLA; without tracing.
+        hlo_instructions: the size of the compiled program.
+        memory_bytes: of one device of the target, where it is known.
+        seconds: the median time of a call; None if it was not asked for.
+        runtime_peak_bytes: the most memory of the device that the process had in use up to the end of those calls; None
+            where the device does not count (CPUs).
+        jax_version: peaks move with the compiler.
+    """
+
+    target: str
+    device: str
+    temp_bytes: int
+    argument_bytes: int
+    output_bytes: int
+    aliased_bytes: int
+    host_bytes: int
+    compile_seconds: float
+    hlo_instructions: int
+    memory_bytes: int | None = None
+    seconds: float | None = None
+    runtime_peak_bytes: int | None = None
+    jax_version: str = jax.__version__
+
+    @property
+    def peak_bytes(self) -> int:
+        """All that is on the device at once: temporaries, arguments and outputs, donated memory counted once."""
+        return self.temp_bytes + self.argument_bytes + self.output_bytes - self.aliased_bytes
+
+    @property
+    def excess_bytes(self) -> int:
+        """By how much the peak is larger than the device's memory; 0 if it fits, or if the memory is unknown."""
+        return max(0, self.peak_bytes - self.memory_bytes) if self.memory_bytes else 0
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields and the peak, as JSON has them."""
+        return {**dataclasses.asdict(self), "peak_bytes": self.peak_bytes, "excess_bytes": self.excess_bytes}
+
+    def __str__(self) -> str:
+        parts = {"temporaries": self.temp_bytes, "arguments": self.argument_bytes, "outputs": self.output_bytes}
+        lines = [f"peak {_mib(self.peak_bytes)} on {self.target} ({self.device}), JAX {self.jax_version}"]
+        lines.append("  = " + " + ".join(f"{_mib(size)} {name}" for name, size in parts.items()))
+        if self.aliased_bytes:
+            lines[-1] += f" - {_mib(self.aliased_bytes)} donated"
+        if self.excess_bytes and self.memory_bytes:
+            lines.append(f"  does not fit: {_mib(self.excess_bytes)} more than the {_mib(self.memory_bytes)} of the device")
+        if self.host_bytes:
+            lines.append(f"  pinned host memory {_mib(self.host_bytes)}")
+        lines.append(f"  compiled in {self.compile_seconds:.1f} s to {self.hlo_instructions} instructions")
+        if self.seconds is not None:
+            lines.append(f"  {self.seconds:.4g} s per call (median)")
+        if self.runtime_peak_bytes is not None:
+            lines.append(f"  the runtime's own peak {_mib(self.runtime_peak_bytes)}")
+        return "\n".join(lines)
+
+
+def measure(
+    fn: Callable[..., Any], *args: Any, target: str | os.PathLike[str] | Target | None = None, time: bool = False
+) -> Measurement:
+    """Compiles `fn(*args)` for a target and reads the sizes of its buffers; nothing is allocated on the target.
+
+    Arguments:
+        fn: a function, jitted or not: a training step, say. Donated arguments count once.
+        args: arrays or `jax.ShapeDtypeStruct`s, sharded or not; only their shapes are used unless `time` is true. Anything
+            else is passed on as it is, and is static where `fn` was jitted so.
+        target: see `jaxckpt.targets.get`; by default where the arguments are, which is as a rule JAX's default device.
+        time: also runs the program, on a device that is present, until five calls and a second have passed.
+
+    Returns:
+        The sizes. A program larger than the target is reported (`excess_bytes`), not raised.
+
+    Raises:
+        ValueError: the arguments lie on several devices that are no one target, or `time` for a GPU that is not there.
+        RuntimeError: the target is a GPU for which JAX's CUDA plugin is missing.
+        Exception: whatever tracing `fn` raises, with a note that says what it was traced with.
+
+    >>> import jax.numpy as jnp
+    >>> found = measure(lambda x: jnp.tanh(x) @ x, jnp.ones((256, 256)))
+    >>> found.argument_bytes, found.output_bytes
+    (262144, 262144)
+    """
+    where = targets.get("attached" if target is None else target)
+    if time and not where.is_present:
+        raise ValueError(f"time=True runs the program, and {where.name!r} is only described; take target='attached'")
+    if target is None:
+        _check_together(args)
+    placed = args if target is None else where.place(args)
+    jitted = fn if hasattr(fn, "lower") else jax.jit(fn)
+    try:
+        lowered = jitted.lower(*placed)
+    except Exception as error:
+        name = getattr(fn, "__name__", repr(fn))
+        error.add_note(f"jaxckpt.measure traced {name} with shapes in place of values: {shape_of(args)}")
+        raise
+    start = clock.perf_counter()
+    compiled = lowered.compile()
+    compile_seconds = clock.perf_counter() - start
+    sizes = compiled.memory_analysis()
+    if sizes is None:
+        raise ValueError(f"the compiler for {where.devices[0].device_kind} does not say what memory its programs need")
+    seconds = runtime_peak = None
+    if time:
+        there = jax.tree.map(lambda x, to: jax.device_put(x, to.sharding) if to is not x else x, args, placed)
+        donated = any(info.donated for info in jax.tree.leaves(lowered.args_info, is_leaf=lambda i: hasattr(i, "donated")))
+        seconds, runtime_peak = _run(jitted, there, donated, where)
+    return Measurement(
+        target=where.name,
+        device=where.devices[0].device_kind,
+        temp_bytes=sizes.temp_size_in_bytes,
+        argument_bytes=sizes.argument_size_in_bytes,
+        output_bytes=sizes.output_size_in_bytes,
+        aliased_bytes=sizes.alias_size_in_bytes,
+        host_bytes=sizes.host_temp_size_in_bytes
+        + sizes.host_argument_size_in_bytes
+        + sizes.host_output_size_in_bytes
+        - sizes.host_alias_size_in_bytes,
+        compile_seconds=compile_seconds,
+        hlo_instructions=len(re.findall(r"^\s+(?:ROOT )?%?[\w.-]+ = ", compiled.as_text() or "", re.MULTILINE)),
+        memory_bytes=where.memory_bytes,
+        seconds=seconds,
+        runtime_peak_bytes=runtime_peak,
+    )
+
+
+def _check_together(args: Any) -> None:
+    """Refuses arrays that were put on different devices; those that nobody put anywhere go where the others are."""
+    found: dict[frozenset[Any], str] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(args):
+        if isinstance(leaf, jax.Array) and leaf.committed:
+            found.setdefault(frozenset(leaf.sharding.device_set), jax.tree_util.keystr(path))
+    if len(found) > 1:
+        places = "; ".join(f"args{path} on {sorted(map(str, devices))}" for devices, path in found.items())
+        raise ValueError(
+            f"the arguments lie on different devices: {places}. Put them on the same with jax.device_put, or name a target"
+        )
+
+
+def _run(jitted: Any, args: Any, donated: bool, target: Target) -> tuple[float, int | None]:
+    """The median time of a call, and the runtime's peak; donated arguments are copied before each call."""
+    if missing := [leaf for leaf in jax.tree.leaves(args) if isinstance(leaf, jax.ShapeDtypeStruct)]:
+        raise ValueError(f"time=True runs the program and needs arrays; among the arguments is {missing[0]}")
+
+    def fresh() -> Any:
+        return jax.block_until_ready(jax.tree.map(lambda x: jnp.copy(x) if is_array(x) else x, args)) if donated else args
+
+    times: list[float] = []
+    jax.block_until_ready(jitted(*fresh()))
+    while len(times) < 5 or sum(times) < 1:
+        given = fresh()
+        start = clock.perf_counter()
+        jax.block_until_ready(jitted(*given))
+        times.append(clock.perf_counter() - start)
+    stats = target.devices[0].memory_stats() or {}
+    return statistics.median(times), stats.get("peak_bytes_in_use")
+
+
+def _mib(size: float) -> str:
+    return f"{size / MIB:,.1f} MiB" if size < 10 * 2**30 else f"{size / 2**30:,.2f} GiB"

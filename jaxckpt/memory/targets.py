@@ -1,0 +1,270 @@
+"""Devices to compile for, by name; a GPU among them need not be in the machine.
+
+JAX's CUDA plugin compiles for a GPU that is only described to it (`jax.experimental.topologies`), and the compiled program
+tells the sizes of its buffers. The plugin alone is enough: `pip install "jax[cuda12-local]"`, without NVIDIA's libraries.
+"""
+
+import difflib
+import functools
+import importlib.util
+import math
+import os
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from jaxckpt._leaves import is_array
+
+_DATA = resources.files("jaxckpt.memory") / "gpus"
+_PER_HOST = 8  # more GPUs than these are spread over hosts
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Published facts about a GPU: one file of `jaxckpt/memory/gpus`, or a user's own of the same form.
+
+    Sizes in bytes, bandwidths in bytes per second, rates in operations per second (a multiplication and an addition are
+    two).
+    """
+
+    description: str  # as the device names itself: jax.devices()[0].device_kind
+    compute_capability: str
+    memory_bytes: int
+    memory_bandwidth: float
+    host_bandwidth: float  # to the host's memory, one direction
+    l2_cache_bytes: int
+    clock_ghz: float
+    cores: int
+    fpus_per_core: int
+    threads_per_core: int
+    shared_memory_per_core: int
+    shared_memory_per_block: int
+    matmul_rate: Mapping[str, float] = field(hash=False)  # by dtype
+    vector_rate: Mapping[str, float] = field(hash=False)  # by dtype, outside the matrix units
+
+    def _text(self) -> str:
+        """The description that XLA reads (a `GpuTargetConfigProto`)."""
+        major, minor = self.compute_capability.split(".")
+        return f"""gpu_device_info {{
+  threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: {self.threads_per_core}
+  shared_memory_per_block: 49152  shared_memory_per_core: {self.shared_memory_per_core}
+  shared_memory_per_block_optin: {self.shared_memory_per_block}
+  core_count: {self.cores}  fpus_per_core: {self.fpus_per_core}
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+  memory_bandwidth: {int(self.memory_bandwidth)}  l2_cache_size: {self.l2_cache_bytes}  clock_rate_ghz: {self.clock_ghz}
+  device_memory_size: {self.memory_bytes}
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
+  registers_per_core_limit: 65536  registers_per_block_limit: 65536
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 }}
+device_description_str: "{self.description}"
+"""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Devices to compile for: `jaxckpt.targets.get(name)` makes one.
+
+    Fields:
+        name: what it was got by, such as "h200:8".
+        devices: JAX's devices; they can be computed on only if `is_present`.
+        is_present: whether the devices are in the machine.
+        gpu: facts about each of the devices; None for a CPU, and for a present GPU that has no file.
+    """
+
+    name: str
+    devices: tuple[Any, ...]
+    is_present: bool
+    gpu: Gpu | None = None
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """Bytes of memory of one device, as far as known: a present device tells what the process may use of it."""
+        if self.is_present and (limit := (self.devices[0].memory_stats() or {}).get("bytes_limit")):
+            return limit
+        return self.gpu.memory_bytes if self.gpu else None
+
+    def mesh(self, shape: Sequence[int], axes: Sequence[str], axis_types: Any = None) -> Mesh:
+        """A mesh of the target's devices, for the shardings of what is compiled for it.
+
+        >>> get("cpu").mesh((1,), ("data",)).shape["data"]
+        1
+        """
+        if math.prod(shape) != len(self.devices):
+            raise ValueError(f"a mesh of shape {tuple(shape)} has {math.prod(shape)} devices, target {self.name!r} has "
+                             f"{len(self.devices)}")  # fmt: skip
+        return Mesh(np.array(self.devices).reshape(shape), axes, axis_types=axis_types)
+
+    def place(self, tree: Any) -> Any:
+        """`tree` with shapes in place of its arrays, lying on the target; nothing is copied or allocated there.
+
+        Arrays sharded over a mesh of as many devices keep their mesh, with the target's devices in it; all others are
+        whole on every device. What lies in pinned host memory stays there. Leaves that are not arrays are left alone.
+
+        Raises:
+            ValueError: an array is sharded over another number of devices, or lies in pinned host memory where the target
+                is only described (JAX would count it as the device's).
+        """
+
+        def shape_of(path: Any, leaf: Any) -> Any:
+            if not (is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)):
+                return leaf
+            aval = jax.typeof(leaf)
+            sharding = self._sharding(getattr(leaf, "sharding", None), jax.tree_util.keystr(path))
+            return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding, weak_type=aval.weak_type)
+
+        return jax.tree_util.tree_map_with_path(shape_of, tree)
+
+    def _sharding(self, given: Any, path: str) -> Any:
+        kind = given.memory_kind if given is not None and given.memory_kind == "pinned_host" else None
+        if kind and not self.is_present:
+            raise ValueError(
+                f"the argument {path} lies in pinned host memory, which JAX cannot describe for a GPU that is not there: "
+                "its bytes would be counted as the device's. Leave it out of what is measured, or measure on an attached GPU"
+            )
+        if given is None or len(given.device_set) == 1:
+            if len(self.devices) == 1:
+                return SingleDeviceSharding(self.devices[0], memory_kind=kind)
+            return NamedSharding(self.mesh((len(self.devices),), ("devices",)), PartitionSpec(), memory_kind=kind)
+        if len(given.device_set) != len(self.devices):
+            number = len(given.device_set)
+            raise ValueError(
+                f"the argument {path} lies on {number} devices, and target {self.name!r} has {len(self.devices)}: use the "
+                f"target '{self.name.partition(':')[0]}:{number}', or pass the shapes of what one device holds"
+            )
+        if not isinstance(given, NamedSharding):
+            raise ValueError(f"the argument {path} is sharded by a {type(given).__name__}; a target takes NamedSharding")
+        mesh = self.mesh(given.mesh.axis_sizes, given.mesh.axis_names, given.mesh.axis_types)
+        return NamedSharding(mesh, given.spec, memory_kind=kind)
+
+
+def names() -> list[str]:
+    """The targets that `get` knows: "attached", "cpu" and the GPUs by name.
+
+    >>> "h200" in names()
+    True
+    """
+    return ["attached", "cpu", *sorted(Path(entry.name).stem for entry in _DATA.iterdir() if entry.name.endswith(".toml"))]
+
+
+def get(target: "str | os.PathLike[str] | Target") -> Target:
+    """The target of a name, or of a file.
+
+    Arguments:
+        target: a GPU's name ("h200"), with the number of devices ("h200:8"); a file with a GPU's description, `.toml`
+            like those of `jaxckpt/memory/gpus`; "attached", JAX's default device; "cpu"; or a `Target`.
+
+    Raises:
+        ValueError: an unknown name, a number that is not one, a file that does not describe a GPU.
+        FileNotFoundError: no such file.
+        RuntimeError: JAX's CUDA plugin is missing or was refused at start; the error says what mends it.
+
+    >>> get("cpu").is_present
+    True
+    """
+    if isinstance(target, Target):
+        return target
+    if not isinstance(target, (str, os.PathLike)):
+        raise TypeError(f"a target is a name, such as 'h200', or a file; got {target!r}")
+    text = os.fspath(target)
+    name, colon, number = re.fullmatch(r"(.*?)(?:(:)([^/\\]*))?", text, re.DOTALL).groups()  # pyright: ignore
+    if colon and not re.fullmatch(r"[1-9]\d*", number):
+        raise ValueError(f"target {text!r}: after the colon stands the number of devices, as in '{name}:8'")
+    count = int(number or 1)
+    if name in ("attached", "cpu"):
+        return _present(text, jax.devices("cpu") if name == "cpu" else jax.devices(), count)
+    gpu = _read(Path(name)) if name.endswith(".toml") or os.sep in name else _known(name)
+    return Target(text, _described(gpu, count), is_present=False, gpu=gpu)
+
+
+def gpu_named(description: str) -> Gpu | None:
+    """Facts about a GPU by what it calls itself (`device.device_kind`), if there is a file about it."""
+    return next((gpu for name in names()[2:] if (gpu := _known(name)).description == description), None)
+
+
+def _present(text: str, devices: list[Any], count: int) -> Target:
+    if count > len(devices):
+        raise ValueError(f"target {text!r} asks for {count} devices, and {len(devices)} are present: {devices}")
+    return Target(text, tuple(devices[:count]), is_present=True, gpu=gpu_named(devices[0].device_kind))
+
+
+@functools.cache
+def _known(name: str) -> Gpu:
+    if name not in names()[2:]:
+        near = difflib.get_close_matches(name.lower(), names(), n=3, cutoff=0.5)
+        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+        raise ValueError(
+            f"unknown target {name!r}{hint} There are {', '.join(names())}, each with a number of devices ('h200:8') if "
+            "wanted, and files with a description ('my-gpu.toml')"
+        )
+    return _parse((_DATA / f"{name}.toml").read_text(), name)
+
+
+def _read(path: Path) -> Gpu:
+    try:
+        return _parse(path.read_text(), str(path))
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not a text file; a target's description is TOML") from None
+
+
+def _parse(text: str, where: str) -> Gpu:
+    example = "see jaxckpt/memory/gpus/h200.toml for one that is complete"
+    try:
+        found = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{where} is not TOML: {error}; {example}") from None
+    wanted = {f.name: f.type for f in fields(Gpu)}
+    if missing := sorted(wanted.keys() - found.keys()):
+        raise ValueError(f"{where} does not say {', '.join(missing)}; {example}")
+    if unknown := sorted(found.keys() - wanted.keys()):
+        raise ValueError(f"{where} says {', '.join(unknown)}, which no GPU has here; {example}")
+    for key, kind in wanted.items():
+        allowed = {int: (int,), float: (int, float), str: (str,)}.get(kind, (dict,))  # pyright: ignore[reportArgumentType]
+        values = found[key].values() if isinstance(found[key], dict) else [found[key]]
+        positive = all(isinstance(v, (int, float)) and not isinstance(v, bool) and v > 0 for v in values)
+        if not isinstance(found[key], allowed) or (kind is not str and not positive):
+            raise ValueError(f"{where}: {key} = {found[key]!r} is not {_WANTED.get(kind, 'a table of rates by dtype')}")
+    if not re.fullmatch(r"\d+\.\d+", found["compute_capability"]):
+        raise ValueError(f"{where}: compute_capability = {found['compute_capability']!r} is not of the form '9.0'")
+    return Gpu(**found)
+
+
+_WANTED: dict[Any, str] = {int: "a positive integer", float: "a positive number", str: "a string"}
+
+
+@functools.cache
+def _described(gpu: Gpu, count: int) -> tuple[Any, ...]:
+    per_host = min(count, _PER_HOST)
+    if count % per_host:
+        raise ValueError(f"{count} GPUs do not make whole hosts of {_PER_HOST}; use a multiple of {_PER_HOST}")
+    try:
+        topology = topologies.get_topology_desc(
+            platform="cuda",
+            topology_name=gpu.description,
+            topology=f"1x{count // per_host}x{per_host}",
+            target_config=gpu._text(),
+        )
+    except NotImplementedError:
+        raise RuntimeError(_no_plugin()) from None
+    return tuple(topology.devices)
+
+
+def _no_plugin() -> str:
+    said = "compiling for a GPU that is not in the machine needs JAX's CUDA plugin, "
+    if any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
+        return said + (
+            "which is installed, but JAX did not load it because it found no NVIDIA GPU or no CUDA libraries. Set the "
+            "environment variable JAX_PLATFORMS=cpu (or JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1, to use a GPU beside it) before "
+            "the process first asks JAX for a device"
+        )
+    return said + 'which is not installed: pip install "jaxckpt[aot]", or pip install "jax[cuda12-local]" (Linux)'

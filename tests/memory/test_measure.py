@@ -1,0 +1,139 @@
+"""Sizes of compiled programs, on the CPU and for GPUs that are not there."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxckpt import checkpoint_scan, measure, targets
+
+W, X = jnp.ones((6, 32, 32)) / 32, jnp.ones((16, 32))
+stack = checkpoint_scan(lambda w, x: x + jnp.tanh(x @ w))
+
+
+def step(w, x):
+    value, gradient = jax.value_and_grad(lambda w: stack(w, x).sum())(w)
+    return w - 0.1 * gradient, value
+
+
+SIZES = ("argument_size_in_bytes", "output_size_in_bytes", "temp_size_in_bytes", "alias_size_in_bytes")
+
+
+def sizes(found):
+    return found.argument_bytes, found.output_bytes, found.temp_bytes, found.aliased_bytes
+
+
+@pytest.mark.parametrize("donate", [(), (0,)])
+@pytest.mark.parametrize("name", ["cpu", "h200", "a100-40gb"])
+def test_equals_memory_analysis(name, donate, request):
+    if name != "cpu":
+        request.getfixturevalue("h200")
+    jitted = jax.jit(step, donate_argnums=donate)
+    compiled = jitted.lower(*targets.get(name).place((W, X))).compile().memory_analysis()
+    found = measure(jitted, W, X, target=name)
+    assert sizes(found) == tuple(getattr(compiled, size) for size in SIZES)
+    assert found.peak_bytes == sum(sizes(found)[:3]) - found.aliased_bytes
+    assert (found.aliased_bytes > 0) == bool(donate)
+    assert found.hlo_instructions > 20 and found.compile_seconds > 0
+    assert found.target == name and found.jax_version == jax.__version__
+
+
+def test_where_the_arguments_are():
+    default = measure(step, W, X)
+    assert sizes(default) == sizes(measure(step, W, X, target="attached"))
+    assert default.seconds is None and default.runtime_peak_bytes is None
+
+
+@pytest.mark.parametrize("name", ["cpu", "h200"])
+def test_shapes_do_for_arrays(name, request):
+    if name == "h200":
+        request.getfixturevalue("h200")
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (W, X)]
+    assert sizes(measure(step, *shapes, target=name)) == sizes(measure(step, W, X, target=name))
+    assert sizes(measure(step, np.asarray(W), np.asarray(X), target=name)) == sizes(measure(step, W, X, target=name))
+
+
+def test_nothing_is_allocated_for_a_target(h200):
+    """A step over a pebibyte of parameters: no array of it can be anywhere."""
+    huge = jax.ShapeDtypeStruct((2**20, 2**14, 2**14), jnp.float32)
+    before = {id(array) for array in jax.live_arrays()}
+    found = measure(lambda w, x: stack(w, x), huge, jax.ShapeDtypeStruct((1, 2**14), jnp.float32), target="h200")
+    assert [a for a in jax.live_arrays() if id(a) not in before and a.size > 100] == []
+    assert found.argument_bytes > 2**50
+    assert found.excess_bytes == found.peak_bytes - h200.memory_bytes > 0
+    assert "does not fit:" in str(found)
+
+
+def test_constants_and_static_arguments(h200):
+    jitted = jax.jit(lambda x, kind: jnp.tanh(x) + X if kind == "tanh" else x, static_argnums=1)
+    assert measure(jitted, X, "tanh", target="h200").output_bytes == X.nbytes
+    assert measure(jitted, X, "tanh", time=True).seconds > 0
+
+
+def test_bytes_of_one_device_of_several(h200):
+    four = targets.get("h200:4")
+    sharded = NamedSharding(four.mesh((4,), ("data",)), PartitionSpec("data"))
+    x = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=sharded)
+    found = measure(step, W, x, target=four)
+    assert found.argument_bytes == W.nbytes + x.size * 4 // 4
+
+
+@pytest.mark.parametrize("donate", [(), (0,)])
+def test_seconds(donate):
+    w = jnp.array(W)
+    found = measure(jax.jit(step, donate_argnums=donate), w, X, target="cpu", time=True)
+    assert found.seconds > 0
+    assert not w.is_deleted()
+
+
+def test_prints_and_dumps():
+    found = measure(step, W, X, target="cpu")
+    assert str(found).startswith("peak 0.1 MiB on cpu (cpu), JAX ")
+    assert json.loads(json.dumps(found.to_json()))["peak_bytes"] == found.peak_bytes
+
+
+def test_a_time_needs_arrays_and_a_device(h200):
+    with pytest.raises(ValueError, match=r"'h200' is only described; take target='attached'"):
+        measure(step, W, X, target="h200", time=True)
+    with pytest.raises(ValueError, match="time=True runs the program and needs arrays"):
+        measure(step, jax.ShapeDtypeStruct(W.shape, W.dtype), X, time=True)
+
+
+def test_what_does_not_trace_says_what_it_was_given():
+    def bad(x):
+        return x if x.sum() > 0 else -x
+
+    with pytest.raises(jax.errors.TracerBoolConversionError) as raised:
+        measure(bad, X)
+    assert "jaxckpt.measure traced bad with shapes in place of values: (float32[16,32],)" in "".join(raised.value.__notes__)
+
+
+def test_unknown_targets_are_refused_before_anything_is_traced():
+    with pytest.raises(ValueError, match="did you mean 'h200'"):
+        measure(lambda: 1 / 0, target="h2000")
+
+
+TWO_DEVICES = """
+import jax, jax.numpy as jnp
+from jaxckpt import measure
+args = [jax.device_put(jnp.ones(3), device) for device in jax.devices()]
+try:
+    measure(jnp.add, *args)
+except ValueError as error:
+    print(error)
+assert measure(jnp.add, *args, target="cpu", time=True).seconds > 0
+"""
+
+
+def test_arguments_on_different_devices():
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2"
+    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", TWO_DEVICES], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "lie on different devices: args[0] on ['cpu:0']; args[1] on ['cpu:1']. Put them on the same" in done.stdout
