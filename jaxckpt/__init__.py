@@ -6,11 +6,13 @@ from jaxckpt._params import stack_params as stack_params
 from jaxckpt._params import unstack_params as unstack_params
 from jaxckpt._scan import checkpoint_scan as checkpoint_scan
 from jaxckpt.memory import targets as targets
+from jaxckpt.memory.explain import explain as explain
 from jaxckpt.memory.measure import measure as measure
 
 __all__ = [
     "checkpoint_blocks",
     "checkpoint_scan",
+    "explain",
     "measure",
     "policies",
     "stack_params",

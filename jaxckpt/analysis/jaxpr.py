@@ -5,9 +5,10 @@ things that have no public name are recognised by theirs: the primitive `io_call
 `call_hi_primitive` equation that stands for a tag or a checkpoint.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,150 @@ def as_function(closed: Any) -> Callable[..., list[Any]]:
     return core.jaxpr_as_fun(closed)
 
 
+def with_constants(closed: Any, constants: list[Any]) -> Any:
+    """The same jaxpr with other values for its constants."""
+    return core.ClosedJaxpr(closed.jaxpr, constants)
+
+
+def as_numbered_function(closed: Any) -> Callable[..., list[Any]]:
+    """As `as_function`, with everything that comes of equation `i`, derivatives too, in the name scope of `number_of`."""
+
+    def run(*inputs: Any) -> list[Any]:
+        values = dict(zip([*closed.jaxpr.constvars, *closed.jaxpr.invars], [*closed.consts, *inputs], strict=True))
+
+        def read(var: Any) -> Any:
+            return var.val if isinstance(var, core.Literal) else values[var]
+
+        for i, eqn in enumerate(closed.jaxpr.eqns):
+            with jax.named_scope(f"{_NUMBER}{i}"):
+                out = eqn.primitive.bind(*map(read, eqn.invars), **eqn.primitive.get_bind_params(eqn.params))
+            values.update(zip(eqn.outvars, out if eqn.primitive.multiple_results else [out], strict=True))
+        return [read(var) for var in closed.jaxpr.outvars]
+
+    return run
+
+
+_NUMBER = "jaxckpt_equation_"
+
+
+def number_of(eqn: Any) -> int | None:
+    """Which equation of a numbered jaxpr this one comes of."""
+    found = re.search(rf"{_NUMBER}(\d+)", str(eqn.source_info.name_stack))
+    return None if found is None else int(found[1])
+
+
+def source_of(eqn: Any) -> tuple[str, int] | None:
+    """The file and line of user code that an equation comes of: the innermost that is not of JAX, Flax or this library."""
+    traceback = eqn.source_info.traceback
+    frames = traceback.frames if traceback is not None else []
+    return next(((frame.file_name, frame.line_num) for frame in frames if not _IN_LIBRARIES.search(frame.file_name)), None)
+
+
+_IN_LIBRARIES = re.compile(
+    r"[/\\](jax|jaxlib|flax)[/\\]|[/\\]jaxckpt[/\\](?!models[/\\])|^<|[/\\]contextlib\.py$|[/\\]functools\.py$"
+)
+
+
+class Origin(NamedTuple):
+    """Where a value of a program that runs a numbered jaxpr in loops comes from.
+
+    Fields:
+        stacked: whether it is an output that `lax.scan` stacks, one slice per block.
+        number: the equation of the numbered jaxpr that computes it; None for an input, or for what is not of the block.
+        op: the primitive that computes it, in a call of that equation where it is one; "" for inputs.
+        input: for an input of the loop's body, "carry" or "x", and which of them; for one of the program, "program"; for
+            what depends on no input at all, such as zeros, "constant".
+    """
+
+    stacked: bool
+    number: int | None = None
+    op: str = ""
+    input: tuple[str, int] | None = None
+
+
+# What checkpointing and our loops put around a value that they keep.
+WRAPPERS = ("device_put", "reduce_precision", "name", "reshape", "call_hi_primitive")
+
+
+def origin(jaxpr: Any, var: Any, stacked: bool = False) -> Origin:
+    """Follows a variable through loops, calls and wrappers to the numbered equation, or the input, it comes of."""
+    if var in jaxpr.invars:
+        return Origin(stacked, input=("program", jaxpr.invars.index(var)))
+    eqn = next((eqn for eqn in jaxpr.eqns if var in eqn.outvars), None)
+    if eqn is None:
+        return Origin(stacked)
+    k = eqn.outvars.index(var)
+    if (number := number_of(eqn)) is not None:
+        return Origin(stacked, number, _innermost_op(eqn, k))
+    name = eqn.primitive.name
+    if name == "scan":
+        body = eqn.params["jaxpr"].jaxpr
+        constants, carried = _constants_and_carried(eqn, body)
+        if k < carried:
+            return Origin(stacked, op=name)
+        found = origin(body, body.outvars[k], stacked=True)
+        if found.input is None or found.input[0] != "program":
+            return found
+        i = found.input[1] - constants
+        if i < 0:
+            return origin(jaxpr, eqn.invars[i + constants], stacked)
+        return Origin(True, input=("carry", i) if i < carried else ("x", i - carried))
+    if name in WRAPPERS and not isinstance(eqn.invars[0], core.Literal):
+        return origin(jaxpr, eqn.invars[0], stacked)
+    inner = next(iter(inner_jaxprs(eqn)), None) if name == "custom_jvp_call" else _transparent(eqn)
+    if inner is not None and not isinstance(inner.outvars[k], core.Literal):
+        found = origin(inner, inner.outvars[k], stacked)
+        if found.input is None or found.input[0] != "program":
+            return found
+        return origin(jaxpr, eqn.invars[found.input[1]], stacked)
+    given = [origin(jaxpr, v) for v in eqn.invars if not isinstance(v, core.Literal)]
+    is_constant = all(o.input is not None and o.input[0] == "constant" for o in given)
+    return Origin(stacked, op=name, input=("constant", 0) if is_constant else None)
+
+
+def _constants_and_carried(eqn: Any, body: Any) -> tuple[int, int]:
+    """How many inputs of a scan are constants and how many are carried. The others have one axis more than in the body.
+
+    (The equation's parameters say it too, in another way in each version of JAX.)
+    """
+    carried = sum(outer.aval.ndim == inner.aval.ndim for outer, inner in zip(eqn.outvars, body.outvars, strict=True))
+    sliced = sum(outer.aval.ndim > inner.aval.ndim for outer, inner in zip(eqn.invars, body.invars, strict=True))
+    return len(body.invars) - carried - sliced, carried
+
+
+def _innermost_op(eqn: Any, k: int) -> str:
+    """The primitive that computes the `k`-th output of an equation, in the calls that it may be."""
+    inner = _transparent(eqn)
+    if inner is not None:
+        found = next((e for e in inner.eqns if inner.outvars[k] in e.outvars), None)
+        if found is not None:
+            return _innermost_op(found, found.outvars.index(inner.outvars[k]))
+    return eqn.primitive.name
+
+
+def aliases(jaxpr: Any) -> dict[int, int]:
+    """For each equation that only passes a value on (a tag), the equation that computes it."""
+    computed_by = {var: i for i, eqn in enumerate(jaxpr.eqns) for var in eqn.outvars}
+    found: dict[int, int] = {}
+    for i, eqn in enumerate(jaxpr.eqns):
+        if tag_of(eqn) is not None and (source := computed_by.get(eqn.invars[0])) is not None:
+            found[i] = found.get(source, source)
+    return found
+
+
+def tag_of(eqn: Any) -> str | None:
+    """The name that an equation gives by `checkpoint_name`."""
+    if eqn.primitive.name == "name":
+        return eqn.params["name"]
+    hi = eqn.params.get("_prim")
+    return hi.name if type(hi).__name__ == "CheckpointName" else None
+
+
+def nbytes(aval: Any) -> int:
+    """Bytes of a value, as JAX counts them: without padding."""
+    return math.prod(aval.shape) * aval.dtype.itemsize
+
+
 def slice_types(tree: Any) -> Any:
     """`tree` as shapes, dtypes and shardings without its leading axis: what one block is given."""
     return jax.eval_shape(lambda t: jax.tree.map(lambda leaf: leaf[0], t), tree)
@@ -41,16 +186,10 @@ def slice_types(tree: Any) -> Any:
 
 def tags(closed: Any) -> frozenset[str]:
     """Every name given by `jax.ad_checkpoint.checkpoint_name`, in nested jaxprs and rules of `custom_vjp` too."""
-    found = set()
     eqns = list(equations(closed.jaxpr))
     if any(eqn.primitive.name.startswith("custom_vjp") for eqn in eqns):
         eqns += equations(_differentiated(closed).jaxpr)
-    for eqn in eqns:
-        if eqn.primitive.name == "name":
-            found.add(eqn.params["name"])
-        elif type(hi := eqn.params.get("_prim")).__name__ == "CheckpointName":
-            found.add(hi.name)
-    return frozenset(found)
+    return frozenset(tag for eqn in eqns if (tag := tag_of(eqn)) is not None)
 
 
 def _differentiated(closed: Any) -> Any:
@@ -87,7 +226,7 @@ def equations(jaxpr: Any) -> Iterator[Any]:
     """All equations, those of nested jaxprs included."""
     for eqn in jaxpr.eqns:
         yield eqn
-        for inner in _inner(eqn):
+        for inner in inner_jaxprs(eqn):
             yield from equations(inner)
 
 
@@ -111,11 +250,12 @@ def _transparent(eqn: Any) -> Any:
     hi = eqn.params.get("_prim")
     if eqn.primitive.name not in _TRANSPARENT and type(hi).__name__ != "RematTraced":
         return None
-    (inner,) = _inner(eqn)
+    (inner,) = inner_jaxprs(eqn)
     return inner if len(inner.invars) == len(eqn.invars) else None
 
 
-def _inner(eqn: Any) -> list[Any]:
+def inner_jaxprs(eqn: Any) -> list[Any]:
+    """The jaxprs among an equation's parameters: what it calls, a loop's body, branches."""
     params = eqn.params["_prim"].params if "_prim" in eqn.params else eqn.params
     return [getattr(inner, "jaxpr", inner) for inner in core.jaxprs_in_params(params)]
 

@@ -7,6 +7,8 @@ call is jitted and already compiled.
 """
 
 from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -50,29 +52,74 @@ def run_stack(
         check_blocks_per_ckpt(setting.blocks_per_ckpt, length)
     check.carry_given(carry, names)
     check.layers_whole(xs, names)
-    traced = _trace(block, setting, xs, carry, shared, names)
+    token = observed.set(None)
+    try:
+        traced = _trace(block, setting, xs, carry, shared, names)
+    finally:
+        observed.reset(token)
     check.effects(traced.closed, setting, names)
     keep, mark = guard_offload(_resolve(setting, traced.closed, names), setting.policy)
 
     x_leaves = jax.tree.leaves(xs)
     sources = jx.forwarded(traced.closed.jaxpr)
     sources, rest_sources = sources[: len(traced.carry)], sources[len(traced.carry) :]
-    # A carry that all blocks pass through unchanged is shared: it stays out of the scan, which would store it per block.
-    moving = [i for i, source in enumerate(sources) if source != len(x_leaves) + i]
     # What a block returns of its own slice of `xs` unchanged, parameters above all, is `xs` and not a copy of it.
     own = {i: x_leaves[source] for i, source in enumerate(rest_sources) if source is not None and source < len(x_leaves)}
-    computed = [i for i in range(len(rest_sources)) if i not in own]
-    run_jaxpr = jx.as_function(traced.closed)
-
-    def step(moved, x):
-        out = run_jaxpr(*x, *replaced(traced.carry, moving, moved), *traced.arrays)
-        return [out[i] for i in moving], [out[len(sources) + i] for i in computed]
-
-    first = mark([traced.carry[i] for i in moving])
-    last, ys = scan_blocks(step, first, x_leaves, length, setting, keep)
-    stacked = own | dict(zip(computed, ys, strict=True))
+    run = Run(
+        setting=setting,
+        length=length,
+        names=names,
+        closed=traced.closed,
+        keep=keep,
+        # A carry that all blocks pass through unchanged is shared: it stays out of the scan, which would store it per block.
+        moving=[i for i, source in enumerate(sources) if source != len(x_leaves) + i],
+        computed=[len(sources) + i for i in range(len(rest_sources)) if i not in own],
+        leaves=(x_leaves, traced.carry, traced.arrays),
+        carry_names=[names.leaf(i, path) for i, c in enumerate(carry) for path, _ in jax.tree_util.tree_leaves_with_path(c)],
+    )
+    if (seen := observed.get()) is not None:
+        seen.append(run)
+    last, ys = run.execute(jx.as_function(traced.closed), *run.leaves, mark=mark)
+    stacked = own | {i - len(sources): y for i, y in zip(run.computed, ys, strict=True)}
     aux, extra = jax.tree.unflatten(traced.rest_tree, [stacked[i] for i in range(len(rest_sources))])
-    return Stacked(jax.tree.unflatten(traced.carry_tree, replaced(traced.carry, moving, mark(last))), aux, extra)
+    return Stacked(jax.tree.unflatten(traced.carry_tree, last), aux, extra)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of a stack, ready to be executed: one block's jaxpr and how its inputs and outputs go through the loop."""
+
+    setting: Setting
+    length: int
+    names: check.Names
+    closed: Any  # of one block: slices of `xs`, carry and shared arrays in, carry and the rest out
+    keep: JaxPolicy
+    moving: list[int]  # the carry's leaves that the blocks change
+    computed: list[int]  # the other outputs that are no slices of `xs`
+    leaves: tuple[list[Any], list[Any], list[Any]]  # of `xs`, the first carry, the shared arrays
+    carry_names: list[str]
+
+    def execute(
+        self,
+        block: Callable[..., list[Any]],
+        xs: list[Any],
+        carry: list[Any],
+        arrays: list[Any],
+        mark: Callable[[list[Any]], list[Any]] = list,
+    ) -> tuple[list[Any], list[Any]]:
+        """The last carry, all its leaves, and what `computed` says, stacked; `block` runs what `closed` says."""
+
+        def step(moved, x):
+            out = block(*x, *replaced(carry, self.moving, moved), *arrays)
+            return [out[i] for i in self.moving], [out[i] for i in self.computed]
+
+        first = mark([carry[i] for i in self.moving])
+        last, ys = scan_blocks(step, first, xs, self.length, self.setting, self.keep)
+        return replaced(carry, self.moving, mark(last)), ys
+
+
+# Where a list is set, each run of a stack is appended to it; runs inside a block are not.
+observed: ContextVar[list[Run] | None] = ContextVar("observed", default=None)
 
 
 def per_block_of(

@@ -77,20 +77,38 @@ class Target:
 
     Fields:
         name: what it was got by, such as "h200:8".
-        devices: JAX's devices; they can be computed on only if `is_present`.
-        is_present: whether the devices are in the machine.
+        count: the number of devices.
         gpu: facts about each of the devices; None for a CPU, and for a present GPU that has no file.
+        present: the devices, if they are in the machine; none where they are only described.
     """
 
     name: str
-    devices: tuple[Any, ...]
-    is_present: bool
+    count: int
     gpu: Gpu | None = None
+    present: tuple[Any, ...] = ()
+
+    @property
+    def is_present(self) -> bool:
+        """Whether the devices are in the machine, so that they can be computed on."""
+        return bool(self.present)
+
+    @property
+    def devices(self) -> tuple[Any, ...]:
+        """JAX's devices.
+
+        Raises:
+            RuntimeError: the target is only described, and JAX's CUDA plugin is missing or was refused at start; the error
+                says what mends it.
+        """
+        if self.present:
+            return self.present
+        assert self.gpu is not None
+        return _described(self.gpu, self.count)
 
     @property
     def memory_bytes(self) -> int | None:
         """Bytes of memory of one device, as far as known: a present device tells what the process may use of it."""
-        if self.is_present and (limit := (self.devices[0].memory_stats() or {}).get("bytes_limit")):
+        if self.present and (limit := (self.present[0].memory_stats() or {}).get("bytes_limit")):
             return limit
         return self.gpu.memory_bytes if self.gpu else None
 
@@ -100,9 +118,9 @@ class Target:
         >>> get("cpu").mesh((1,), ("data",)).shape["data"]
         1
         """
-        if math.prod(shape) != len(self.devices):
+        if math.prod(shape) != self.count:
             raise ValueError(f"a mesh of shape {tuple(shape)} has {math.prod(shape)} devices, target {self.name!r} has "
-                             f"{len(self.devices)}")  # fmt: skip
+                             f"{self.count}")  # fmt: skip
         return Mesh(np.array(self.devices).reshape(shape), axes, axis_types=axis_types)
 
     def place(self, tree: Any) -> Any:
@@ -133,13 +151,13 @@ class Target:
                 "its bytes would be counted as the device's. Leave it out of what is measured, or measure on an attached GPU"
             )
         if given is None or len(given.device_set) == 1:
-            if len(self.devices) == 1:
+            if self.count == 1:
                 return SingleDeviceSharding(self.devices[0], memory_kind=kind)
-            return NamedSharding(self.mesh((len(self.devices),), ("devices",)), PartitionSpec(), memory_kind=kind)
-        if len(given.device_set) != len(self.devices):
+            return NamedSharding(self.mesh((self.count,), ("devices",)), PartitionSpec(), memory_kind=kind)
+        if len(given.device_set) != self.count:
             number = len(given.device_set)
             raise ValueError(
-                f"the argument {path} lies on {number} devices, and target {self.name!r} has {len(self.devices)}: use the "
+                f"the argument {path} lies on {number} devices, and target {self.name!r} has {self.count}: use the "
                 f"target '{self.name.partition(':')[0]}:{number}', or pass the shapes of what one device holds"
             )
         if not isinstance(given, NamedSharding):
@@ -167,7 +185,6 @@ def get(target: "str | os.PathLike[str] | Target") -> Target:
     Raises:
         ValueError: an unknown name, a number that is not one, a file that does not describe a GPU.
         FileNotFoundError: no such file.
-        RuntimeError: JAX's CUDA plugin is missing or was refused at start; the error says what mends it.
 
     >>> get("cpu").is_present
     True
@@ -184,7 +201,9 @@ def get(target: "str | os.PathLike[str] | Target") -> Target:
     if name in ("attached", "cpu"):
         return _present(text, jax.devices("cpu") if name == "cpu" else jax.devices(), count)
     gpu = _read(Path(name)) if name.endswith(".toml") or os.sep in name else _known(name)
-    return Target(text, _described(gpu, count), is_present=False, gpu=gpu)
+    if count > _PER_HOST and count % _PER_HOST:
+        raise ValueError(f"target {text!r}: {count} GPUs are not whole hosts of {_PER_HOST}; use a multiple of {_PER_HOST}")
+    return Target(text, count, gpu)
 
 
 def gpu_named(description: str) -> Gpu | None:
@@ -195,7 +214,7 @@ def gpu_named(description: str) -> Gpu | None:
 def _present(text: str, devices: list[Any], count: int) -> Target:
     if count > len(devices):
         raise ValueError(f"target {text!r} asks for {count} devices, and {len(devices)} are present: {devices}")
-    return Target(text, tuple(devices[:count]), is_present=True, gpu=gpu_named(devices[0].device_kind))
+    return Target(text, count, gpu_named(devices[0].device_kind), present=tuple(devices[:count]))
 
 
 @functools.cache
@@ -245,8 +264,6 @@ _WANTED: dict[Any, str] = {int: "a positive integer", float: "a positive number"
 @functools.cache
 def _described(gpu: Gpu, count: int) -> tuple[Any, ...]:
     per_host = min(count, _PER_HOST)
-    if count % per_host:
-        raise ValueError(f"{count} GPUs do not make whole hosts of {_PER_HOST}; use a multiple of {_PER_HOST}")
     try:
         topology = topologies.get_topology_desc(
             platform="cuda",

@@ -110,7 +110,7 @@ def test_unreadable_files(tmp_path):
         ("h200:", "after the colon"),
         ("h200:all", "after the colon"),
         ("cpu:99", "asks for 99 devices, and [0-9]+ are present"),
-        ("h200:12", "whole hosts of 8"),
+        ("h200:12", "12 GPUs are not whole hosts of 8"),
     ],
 )
 def test_wrong_names(name, said):

@@ -1,0 +1,112 @@
+"""What running an equation again costs: a roofline, the larger of operations over rate and bytes over bandwidth.
+
+| family | operations | bytes |
+|---|---|---|
+| `dot_general`, `conv_general_dilated` | 2 per product, at the matrix units' rate for the dtype | inputs and outputs |
+| views (`reshape`, `broadcast_in_dim`, `name`, ...) | none | none |
+| fusible (elementwise, reductions, `select_n`, `iota`, ...) | none that bound it | a quarter: XLA fuses them |
+| others known (`sort`, `gather`, `cumsum`, random bits, ...) | none that bound it | inputs and outputs |
+| calls (`jit`, `custom_jvp_call`, `custom_vjp_call`, `remat`) | those of what is called | those of what is called |
+| `scan` | length times its body | length times its body |
+| `cond` | its most expensive branch | the same |
+| `while` | its body once, marked as a guess | the same |
+| everything else (custom calls, kernels) | none | inputs and outputs, marked as a guess |
+
+Rates and bandwidths are those of the target (`jaxckpt.targets`).
+"""
+
+import math
+from typing import Any, NamedTuple
+
+from jax.extend import core
+
+from jaxckpt.analysis.jaxpr import inner_jaxprs, nbytes
+
+_VIEWS = frozenset(
+    """
+    broadcast_in_dim copy_p expand_dims name opt_barrier optimization_barrier pvary reshape sharding_constraint squeeze
+    stop_gradient
+    """.split()
+)
+_FUSIBLE = frozenset(
+    """
+    abs acos acosh add add_any and argmax argmin asin asinh atan atan2 atanh bitcast_convert_type cbrt ceil clamp
+    concatenate convert_element_type copy cos cosh device_put div dynamic_slice dynamic_update_slice eq erf erf_inv erfc
+    exp exp2 expm1 floor ge gt imag integer_pow iota is_finite le lgamma log log1p logistic lt max min mul ne neg
+    nextafter not one_minus_square or pad population_count pow real reduce_and reduce_max reduce_min reduce_or
+    reduce_precision reduce_prod reduce_sum rem rev round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin
+    sinh slice split sqrt square squeeze sub tan tanh transpose xor
+    """.split()
+)
+_OTHERS = frozenset(
+    """
+    approx_top_k clz cumlogsumexp cummax cummin cumprod cumsum digamma fft gather random_bits random_fold_in random_gamma
+    random_seed random_split random_unwrap random_wrap reduce_window_max reduce_window_min reduce_window_sum scatter
+    scatter_add scatter-add sort threefry2x32 top_k
+    """.split()
+)
+_CALLS = frozenset(
+    """
+    jit pjit closed_call core_call remat2 checkpoint custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr
+    call_hi_primitive shard_map
+    """.split()
+)
+FUSED = 0.25  # how much of a fusible equation's traffic remains
+
+
+class Cost(NamedTuple):
+    """Seconds, and whether a primitive that the table does not know is in them."""
+
+    seconds: float
+    is_guess: bool = False
+
+
+def cost(eqn: Any, gpu: Any) -> Cost:
+    """What running `eqn` once costs.
+
+    Arguments:
+        gpu: a `jaxckpt.memory.targets.Gpu`, or anything with its `memory_bandwidth`, `matmul_rate` and `vector_rate`.
+    """
+    name = eqn.primitive.name
+    moved = (
+        sum(nbytes(v.aval) for v in (*eqn.invars, *eqn.outvars) if not isinstance(v, core.Literal)) / gpu.memory_bandwidth
+    )
+    if name in _VIEWS:
+        return Cost(0.0)
+    if name in _FUSIBLE:
+        return Cost(FUSED * moved)
+    if name in _OTHERS:
+        return Cost(moved)
+    if name in ("dot_general", "conv_general_dilated"):
+        return Cost(max(matmul_operations(eqn) / rate(gpu, eqn.invars[0].aval.dtype), moved))
+    inner = [_total(jaxpr, gpu) for jaxpr in inner_jaxprs(eqn)]
+    if name == "scan":
+        return Cost(eqn.params["length"] * inner[0].seconds, inner[0].is_guess)
+    if name == "cond":
+        return max(inner)
+    if name == "while":
+        return Cost(inner[-1].seconds, is_guess=True)
+    if name in _CALLS and inner:
+        return inner[0]
+    return Cost(moved, is_guess=True)
+
+
+def _total(jaxpr: Any, gpu: Any) -> Cost:
+    costs = [cost(eqn, gpu) for eqn in jaxpr.eqns]
+    return Cost(sum(c.seconds for c in costs), any(c.is_guess for c in costs))
+
+
+def matmul_operations(eqn: Any) -> int:
+    """Multiplications and additions of a `dot_general` or a convolution."""
+    left, right = (v.aval for v in eqn.invars[:2])
+    outputs = math.prod(eqn.outvars[0].aval.shape)
+    if eqn.primitive.name == "dot_general":
+        contracted = eqn.params["dimension_numbers"][0][0]
+        return 2 * outputs * math.prod(left.shape[i] for i in contracted)
+    of_kernel = eqn.params["dimension_numbers"].rhs_spec  # (out, in, *spatial): `in` is already per group
+    return 2 * outputs * math.prod(right.shape[i] for i in of_kernel[1:])
+
+
+def rate(gpu: Any, dtype: Any) -> float:
+    """Operations per second of a matmul in `dtype`, on the vector units where the matrix units do not have it."""
+    return gpu.matmul_rate.get(dtype.name) or gpu.vector_rate.get(dtype.name) or gpu.vector_rate["float32"]

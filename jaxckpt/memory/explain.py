@@ -1,0 +1,380 @@
+"""What one block of a stack keeps for the backward pass and what it re-runs, value by value, read from the jaxpr.
+
+The numbers are those of JAX: what autodiff stores, before XLA, which may fuse a value away or keep a copy. `measure` tells
+what the compiled program needs.
+"""
+
+import dataclasses
+import html
+import math
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.extend.core import Literal
+
+from jaxckpt._leaves import is_array, replaced
+from jaxckpt.analysis import jaxpr as jx
+from jaxckpt.analysis.cost import cost
+from jaxckpt.engine.stack import Run, observed
+from jaxckpt.memory import targets
+from jaxckpt.policies.grammar import everything
+
+
+@dataclass(frozen=True)
+class Value:
+    """A value of a block that autodiff wants, or that the setting keeps to compute one from.
+
+    Fields:
+        name: its tag; or the primitive that computes it; or, for the block's input, the name of the argument.
+        op: the primitive.
+        source: "file.py:12", the line of the block's code; "" for inputs.
+        shape, dtype: of one block's.
+        times: of how many blocks it is stored at once: all `N`, the `K` of a chunk, or 1 where all blocks share it.
+        fate: "kept", "re-run" or "offloaded"; "kept per chunk" for the input of a chunk.
+        seconds: the time model's cost of the equation that is run again, for one block; None without a GPU's data, or
+            where nothing is to be run (inputs). A `~` in the table: the model does not know the primitive.
+    """
+
+    name: str
+    op: str
+    source: str
+    shape: tuple[int, ...]
+    dtype: str
+    times: int
+    fate: str
+    bytes_per_block: int
+    seconds: float | None = None
+    is_guess: bool = False
+
+    @property
+    def bytes(self) -> int:
+        return self.bytes_per_block * self.times
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a setting stores for a stack of `N` blocks, in bytes, and what one block is made of.
+
+    Fields:
+        block, length, blocks_per_ckpt, policy: of the stack.
+        values: a row for each value, in the order in which the block computes them.
+        stored_bytes: on the device from the forward to the backward pass: the residuals of the stack in its jaxpr, without
+            the parameters and other inputs, which exist anyway.
+        host_bytes: those of them that are in the host's memory.
+        chunk_bytes: what the `K` blocks of the chunk that is being differentiated keep beside; 0 without chunks.
+        wanted_bytes: what no checkpointing would store for all `N` blocks.
+        target: whose rates the seconds are for.
+        forward_seconds, rerun_seconds: the time model's cost of one block's forward pass, and of what of it is run again to
+            get at the values that are wanted and not kept. (Chunks are run once more before that, to get at their inputs.)
+    """
+
+    block: str
+    length: int
+    blocks_per_ckpt: int | None
+    policy: str
+    values: tuple[Value, ...]
+    stored_bytes: int
+    host_bytes: int
+    chunk_bytes: int
+    wanted_bytes: int
+    target: str | None = None
+    forward_seconds: float | None = None
+    rerun_seconds: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, as JSON has them."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        header = ("value", "op", "source", "shape", "bytes", "times", "fate", "re-run")
+        rows = [header, *map(_cells, self.values)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([self._title(), "", *lines, "", *self._totals()])
+
+    def to_html(self) -> str:
+        """The table as a page that needs nothing else."""
+        head = "".join(f"<th>{name}</th>" for name in ("value", "op", "source", "shape", "bytes", "times", "fate", "re-run"))
+        most = max((v.bytes for v in self.values), default=1) or 1
+        rows = "\n".join(
+            f'<tr class="{v.fate.split()[0]}">'
+            + "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(v))
+            + f'<td><div style="width:{200 * v.bytes / most:.0f}px"></div></td></tr>'
+            for v in self.values
+        )
+        totals = "".join(f"<li>{html.escape(line.strip())}</li>" for line in self._totals())
+        return _PAGE.format(title=html.escape(self._title()), head=head, rows=rows, totals=totals)
+
+    def _title(self) -> str:
+        chunks = "" if self.blocks_per_ckpt is None else f", blocks_per_ckpt={self.blocks_per_ckpt}"
+        return f"{self.length} x {self.block}{chunks}, policy={self.policy!r}"
+
+    def _totals(self) -> list[str]:
+        lines = [f"stored from the forward to the backward pass: {_size(self.stored_bytes)}"]
+        if self.host_bytes:
+            lines.append(f"in the host's memory: {_size(self.host_bytes)}")
+        if self.blocks_per_ckpt is not None:
+            lines.append(f"and while a chunk of {self.blocks_per_ckpt} is differentiated: {_size(self.chunk_bytes)}")
+        lines.append(f"without checkpointing: {_size(self.wanted_bytes)}")
+        if self.forward_seconds and self.rerun_seconds is not None:
+            share = self.rerun_seconds / self.forward_seconds
+            beside = "" if self.blocks_per_ckpt is None else ", beside the run that restores its chunk"
+            lines.append(
+                f"run again in each block{beside}, by the time model of {self.target}: {self.rerun_seconds * 1e3:.3g} of "
+                f"{self.forward_seconds * 1e3:.3g} ms ({share:.0%})"
+            )
+        return lines
+
+
+@dataclass(frozen=True)
+class _Residual:
+    """A value in the jaxpr of a stack's forward pass that its backward pass is given."""
+
+    aval: Any
+    origin: jx.Origin
+
+    @property
+    def stacked(self) -> bool:
+        return self.origin.stacked
+
+    @property
+    def bytes(self) -> int:
+        return jx.nbytes(self.aval)
+
+    @property
+    def is_host(self) -> bool:
+        return self.aval.memory_space == jax.memory.Space.Host
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one block's."""
+        return self.aval.shape[1:] if self.stacked else self.aval.shape
+
+
+def explain(
+    stack: Callable[..., Any] | nn.Module | nnx.Module,
+    *args: Any,
+    target: "str | os.PathLike[str] | targets.Target | None" = None,
+    **keywords: Any,
+) -> Explanation:
+    """What a stack keeps, re-runs and offloads, for gradients of its parameters, its carry and its shared arrays.
+
+    Arguments:
+        stack: a stack that `checkpoint_scan` made (a function, a Linen or an NNX module), or a function that runs one.
+        args, keywords: what it is called with, of a Linen module the variables first, then `rngs=` and `mutable=` if
+            needed. `jax.ShapeDtypeStruct`s do for arrays; nothing is computed.
+        target: the GPU for whose rates the time model speaks, such as "h200"; None for no times.
+
+    Raises:
+        TypeError: no stack was run.
+        ValueError: several were.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from jaxckpt import checkpoint_scan
+    >>> stack = checkpoint_scan(lambda w, x: jnp.tanh(x @ w), policy="dots")
+    >>> found = explain(stack, jnp.ones((6, 8, 8)), jnp.ones((4, 8)))
+    >>> [(v.name, v.fate) for v in found.values]
+    [('x', 'kept'), ('dot_general', 'kept'), ('tanh', 're-run'), ('sub', 're-run')]
+    >>> found.stored_bytes == 6 * 2 * (4 * 8 * 4)
+    True
+    """
+    run = _the_run(stack, args, keywords)
+    where = None if target is None else targets.get(target)
+    gpu = None if where is None else where.gpu
+    whole = replace(run.setting, blocks_per_ckpt=None)
+    per_chunk = run.setting.blocks_per_ckpt
+    alive = run.length if per_chunk is None else min(per_chunk, run.length)
+    # In a chunk of one, the whole block is differentiated at once, whatever the policy.
+    in_chunk = replace(run, setting=whole, length=alive, **({"keep": everything} if per_chunk == 1 else {}))
+    kept = _residuals(in_chunk)
+    wanted = _residuals(replace(in_chunk, keep=everything))
+    stored = kept if per_chunk is None else _residuals(run)
+    without = wanted if alive == run.length else _residuals(replace(run, setting=whole, keep=everything))
+    return Explanation(
+        block=run.names.block,
+        length=run.length,
+        blocks_per_ckpt=per_chunk,
+        policy=str(run.setting.policy),
+        values=tuple(_rows(run, kept, wanted, alive, gpu)),
+        stored_bytes=sum(r.bytes for r in stored if not r.is_host),
+        host_bytes=sum(r.bytes for r in stored if r.is_host),
+        chunk_bytes=0 if per_chunk is None else sum(r.bytes for r in kept if not r.is_host),
+        wanted_bytes=sum(r.bytes for r in without),
+        target=None if where is None else where.name,
+        **_seconds(run, kept, wanted, gpu),
+    )
+
+
+def _seconds(run: Run, kept: list[_Residual], wanted: list[_Residual], gpu: Any) -> dict[str, float]:
+    """What one block costs to run, and to run again as far as the values that are wanted and not kept need it."""
+    if gpu is None:
+        return {}
+    eqns = run.closed.jaxpr.eqns
+    computed_by = {var: i for i, eqn in enumerate(eqns) for var in eqn.outvars}
+    seconds = [cost(eqn, gpu).seconds for eqn in eqns]
+    alias = jx.aliases(run.closed.jaxpr)
+    have = {i if i is None else alias.get(i, i) for i in (r.origin.number for r in kept)}
+    again: set[int] = set()
+    left = [r.origin.number for r in wanted]
+    while left:
+        i = left.pop()
+        if i is None or i in have or i in again:
+            continue
+        again.add(i)
+        left.extend(computed_by.get(v) for v in eqns[i].invars if not isinstance(v, Literal))
+    return {"forward_seconds": sum(seconds), "rerun_seconds": sum(seconds[i] for i in again)}
+
+
+def _the_run(stack: Any, args: tuple, keywords: dict[str, Any]) -> Run:
+    """The one run of a stack when `stack` is called, found by tracing it."""
+    if isinstance(stack, nnx.Module):
+        graph, state = nnx.split(stack)
+        return _the_run(
+            lambda state, *args, **keywords: nnx.merge(graph, state)(*args, **keywords), (state, *args), keywords
+        )
+    fn = stack.apply if isinstance(stack, nn.Module) else stack
+    if not callable(fn):
+        raise TypeError(f"explain takes a stack, or a function that runs one; got {stack!r}")
+    leaves, tree = jax.tree.flatten((args, keywords))
+    arrays = [i for i, leaf in enumerate(leaves) if is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)]
+
+    def call(values: list[Any]) -> None:
+        args, keywords = jax.tree.unflatten(tree, replaced(leaves, arrays, values))
+        fn(*args, **keywords)
+
+    seen: list[Run] = []
+    token = observed.set(seen)
+    try:
+        jax.eval_shape(call, [leaves[i] for i in arrays])
+    finally:
+        observed.reset(token)
+    if not seen:
+        name = getattr(stack, "__name__", type(stack).__name__)
+        raise TypeError(f"{name} ran no stack that checkpoint_scan made, so there is nothing to explain")
+    if len(seen) > 1:
+        found = ", ".join(f"{run.length} x {run.names.block}" for run in seen)
+        raise ValueError(f"several stacks were run ({found}); explain one of them at a time, with what it is called with")
+    return seen[0]
+
+
+def _residuals(run: Run) -> list[_Residual]:
+    """The residuals of a run, without the inputs of the stack, which exist anyway, and constants."""
+    xs, carry, arrays = ([jax.typeof(leaf) for leaf in leaves] for leaves in run.leaves)
+    xs = [aval.update(shape=(run.length, *aval.shape[1:])) for aval in xs]
+    constants = [jax.typeof(value) for value in run.closed.consts]
+    types = [*constants, *xs, *carry, *arrays]
+    inexact = [i for i, aval in enumerate(types) if jnp.issubdtype(aval.dtype, jnp.inexact)]
+
+    def forward(*inputs: Any) -> list[Any]:
+        rest = iter(inputs)
+        parts = [[next(rest) for _ in part] for part in (constants, xs, carry, arrays)]
+        block = jx.as_numbered_function(jx.with_constants(run.closed, parts[0]))
+        return [
+            out
+            for part in run.execute(block, parts[1], parts[2], parts[3])
+            for out in part
+            if jnp.issubdtype(out.dtype, jnp.inexact)
+        ]
+
+    def residuals(*inputs: Any) -> list[Any]:
+        of_inexact = lambda *values: forward(*replaced(inputs, inexact, values))  # noqa: E731
+        return jax.tree.leaves(jax.vjp(of_inexact, *(inputs[i] for i in inexact))[1])
+
+    jaxpr = jx.trace(residuals, *types).jaxpr
+    found = [
+        _Residual(v.aval, jx.origin(jaxpr, v)) for v in dict.fromkeys(v for v in jaxpr.outvars if not isinstance(v, Literal))
+    ]
+    return [r for r in found if r.origin.input is None or r.origin.input[0] in ("carry", "x")]
+
+
+def _rows(run: Run, kept: list[_Residual], wanted: list[_Residual], alive: int, gpu: Any) -> list[Value]:
+    """What is kept, and what is wanted beside it, which is run again."""
+    block = run.closed.jaxpr
+    alias = jx.aliases(block)
+    tags = {alias[i]: jx.tag_of(block.eqns[i]) for i in alias}
+
+    def key(r: _Residual) -> Any:
+        """The equation of the block, or the input, that a residual comes of, its type, and what computes it."""
+        number = r.origin.number if r.origin.number is None else alias.get(r.origin.number, r.origin.number)
+        op = block.eqns[number].primitive.name if number is not None and r.origin.op in jx.WRAPPERS else r.origin.op
+        return number, r.origin.input, r.shape, str(r.aval.dtype), op
+
+    def row(r: _Residual, fate: str) -> Value:
+        number, given, shape, dtype, op = key(r)
+        times = alive if r.stacked else 1
+        common = dict(shape=shape, dtype=dtype, times=times, fate=fate, bytes_per_block=r.bytes // times)
+        if given is not None:
+            kind, i = given
+            name = run.carry_names[run.moving[i]] if kind == "carry" else "a copy of what enters"
+            return Value(name=name, op="input", source="", **common)
+        if number is None:
+            return Value(name=op, op=op, source="", **common)
+        eqn = block.eqns[number]
+        source = jx.source_of(eqn)
+        spent = cost(eqn, gpu) if gpu is not None else None
+        return Value(
+            name=tags.get(number) or op,
+            op=op,
+            source=f"{os.path.basename(source[0])}:{source[1]}" if source else "",
+            seconds=None if spent is None else spent.seconds,
+            is_guess=spent is not None and spent.is_guess,
+            **common,
+        )
+
+    left = Counter(map(key, kept))
+    again = []
+    for r in wanted:
+        if left[key(r)]:
+            left[key(r)] -= 1
+        else:
+            again.append(r)
+    rows = [(key(r), row(r, "offloaded" if r.is_host else "kept")) for r in kept]
+    rows += [(key(r), row(r, "re-run")) for r in again]
+    rows.sort(key=lambda pair: -1 if pair[0][0] is None else pair[0][0])
+    chunks = []
+    if run.setting.blocks_per_ckpt is not None:
+        times = math.ceil(run.length / run.setting.blocks_per_ckpt)
+        for i in run.moving:
+            aval = jax.typeof(run.leaves[1][i])
+            size = jx.nbytes(aval)
+            chunks.append(Value(run.carry_names[i], "input", "", aval.shape, str(aval.dtype), times, "kept per chunk", size))
+    return [*chunks, *(value for _, value in rows)]
+
+
+def _cells(value: Value) -> tuple[str, ...]:
+    shape = f"{value.dtype}[{','.join(map(str, value.shape))}]"
+    spent = "" if value.seconds is None else f"{'~' * value.is_guess}{value.seconds * 1e6:,.1f} us"
+    return (value.name, value.op, value.source, shape, _size(value.bytes), f"x{value.times}", value.fate, spent)
+
+
+def _size(size: int) -> str:
+    for unit, one in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size >= one:
+            return f"{size / one:,.1f} {unit}"
+    return f"{size} B"
+
+
+_PAGE = """<!doctype html>
+<meta charset="utf-8">
+<title>{title}</title>
+<style>
+body {{ font: 14px system-ui, sans-serif; margin: 2em; color: #222; }}
+table {{ border-collapse: collapse; }}
+th, td {{ text-align: left; padding: 2px 12px 2px 0; border-bottom: 1px solid #ddd; font-variant-numeric: tabular-nums; }}
+.kept {{ background: #fdecea; }} .offloaded {{ background: #e8f1fc; }} .re-run {{ background: #eef7ee; }}
+td div {{ height: 10px; background: #888; }}
+</style>
+<h1>{title}</h1>
+<ul>{totals}</ul>
+<table>
+<tr>{head}<th></th></tr>
+{rows}
+</table>
+"""

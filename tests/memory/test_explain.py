@@ -1,0 +1,250 @@
+"""What a setting keeps, value by value: the totals are those of the jaxpr, to the byte."""
+
+import json
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import Literal
+
+from jaxckpt import checkpoint_scan, explain
+from jaxckpt.models import NNXTransformerBlock, PairformerBlock, TransformerBlock
+
+N = 6
+TOKENS = jnp.ones((5, 8))
+
+
+def mlp(w, x, *, scale):
+    h = checkpoint_name(jnp.tanh(x @ w["up"]), "h")
+    return x + jnp.sin(h @ w["down"]) * scale
+
+
+MLP = {"up": jnp.ones((N, 8, 16)), "down": jnp.ones((N, 16, 8))}
+
+
+@jax.custom_vjp
+def normed(x):
+    return x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True))
+
+
+def _forward(x):
+    inverse = checkpoint_name(jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True)), "inverse")
+    return x * inverse, (x * inverse, inverse)
+
+
+def _backward(residuals, ct):
+    y, inverse = residuals
+    return ((ct - y * jnp.mean(ct * y, -1, keepdims=True)) * inverse,)
+
+
+normed.defvjp(_forward, _backward)
+
+
+def with_custom_vjp(w, x):
+    return x + jnp.tanh(normed(x) @ w)
+
+
+def with_inner_scan(w, x):
+    return jax.lax.scan(lambda c, _: (jnp.tanh(c @ w), None), x, length=3)[0]
+
+
+_sizes = dict(d_model=8, num_heads=2, d_ff=12)
+_pair = dict(c_s=8, num_heads_single=2, c_z=8, c_hidden_mul=4, num_heads_pair=2, head_dim_pair=4, transition_factor=1)
+PAIRS = jnp.ones((5, 5, 8))
+
+
+def of_function(block, params, *carry, **shared):
+    return lambda **knobs: (checkpoint_scan(block, **knobs), (params, *carry), shared)
+
+
+def of_linen(block, sizes, *carry):
+    def make(**knobs):
+        stack = checkpoint_scan(block, N, **knobs)(**sizes)
+        return stack, (jax.eval_shape(stack.init, jax.random.key(0), *carry), *carry), {}
+
+    return make
+
+
+def of_nnx(**knobs):
+    return checkpoint_scan(NNXTransformerBlock, N, **knobs)(**_sizes, rngs=nnx.Rngs(0)), (TOKENS,), {}
+
+
+STACKS = {
+    "mlp": of_function(mlp, MLP, TOKENS, scale=jnp.ones((1, 8))),
+    "custom_vjp": of_function(with_custom_vjp, jnp.ones((N, 8, 8)), TOKENS),
+    "inner scan": of_function(with_inner_scan, jnp.ones((N, 8, 8)), TOKENS),
+    "linen": of_linen(TransformerBlock, _sizes, TOKENS),
+    "nnx": of_nnx,
+    "pairformer": of_linen(PairformerBlock, _pair, TOKENS, PAIRS),
+}
+
+
+def stored_bytes(stack, args, shared):
+    """The bytes that the forward pass makes and keeps for the backward pass, counted in the program of `jax.vjp`.
+
+    Without what is given: inputs, and reshaped or sliced ones, which XLA does not copy.
+    """
+    if isinstance(stack, nnx.Module):
+        graph, params, rest = nnx.split(stack, nnx.Param, ...)
+        fn, args = lambda params, *carry: nnx.merge(graph, params, rest)(*carry), (params, *args)
+    else:
+        fn = stack.apply if isinstance(stack, nn.Module) else stack
+
+    def residuals(args, shared):
+        return jax.tree.leaves(jax.vjp(lambda args, shared: fn(*args, **shared), args, shared)[1])
+
+    jaxpr = jax.make_jaxpr(residuals)(args, shared).jaxpr
+    given = set(jaxpr.invars)
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in ("reshape", "custom_jvp_call", "slice") and eqn.invars[0] in given:
+            given.update(eqn.outvars)  # the custom_jvp_call makes the zeros of a shorter last chunk
+        if not [v for v in eqn.invars if not isinstance(v, Literal) and v not in given] and eqn.primitive.name == "iota":
+            given.update(eqn.outvars)
+    made = dict.fromkeys(v for v in jaxpr.outvars if not isinstance(v, Literal) and v not in given)
+    return sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in made)
+
+
+@pytest.mark.parametrize(
+    "knobs", [{}, {"policy": "everything"}, {"policy": "dots"}, {"blocks_per_ckpt": 2}, {"blocks_per_ckpt": 1}]
+)
+@pytest.mark.parametrize("name", STACKS)
+def test_totals_are_the_residuals_in_the_jaxpr(name, knobs):
+    stack, args, shared = STACKS[name](**knobs)
+    found = explain(stack, *args, **shared)
+    want = stored_bytes(stack, args, shared)
+    assert found.stored_bytes == want > 0
+    chunked = found.blocks_per_ckpt is not None
+    of_rows = [v.bytes for v in found.values if v.fate == ("kept per chunk" if chunked else "kept")]
+    assert sum(of_rows) == want
+    if chunked:
+        assert found.chunk_bytes == sum(v.bytes for v in found.values if v.fate == "kept")
+    assert found.host_bytes == 0
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_without_checkpointing(name):
+    stack, args, shared = STACKS[name](policy="everything")
+    plain = explain(stack, *args, **shared)
+    assert {v.fate for v in plain.values} == {"kept"}
+    assert plain.stored_bytes == plain.wanted_bytes
+    for knobs in ({"policy": "nothing"}, {"blocks_per_ckpt": 3, "policy": "dots"}):
+        stack, args, shared = STACKS[name](**knobs)
+        found = explain(stack, *args, **shared)
+        assert found.wanted_bytes == plain.wanted_bytes > found.stored_bytes
+        assert "re-run" in {v.fate for v in found.values}
+
+
+@pytest.mark.parametrize("k", [4, 5])
+def test_a_shorter_last_chunk(k):
+    stack, args, shared = STACKS["mlp"](blocks_per_ckpt=k, policy="nothing")
+    found = explain(stack, *args, **shared)
+    assert found.stored_bytes == math.ceil(N / k) * TOKENS.nbytes
+    assert found.chunk_bytes == k * TOKENS.nbytes
+
+
+def fates(policy, **knobs):
+    stack, args, shared = STACKS["mlp"](policy=policy, **knobs)
+    return {(v.name, v.op, v.fate) for v in explain(stack, *args, **shared).values}
+
+
+def test_fates_follow_the_policy():
+    x = ("x", "input", "kept")
+    nothing = fates("nothing") - {x}
+    assert {fate for _, _, fate in nothing} == {"re-run"}
+    assert {("h", "tanh", "re-run"), ("sin", "sin", "re-run"), ("cos", "cos", "re-run")} < nothing
+    assert {x, ("h", "tanh", "kept"), ("sin", "sin", "re-run")} < fates("save:h")
+    assert {x, ("dot_general", "dot_general", "kept"), ("h", "tanh", "re-run")} < fates("dots")
+    assert {fate for _, _, fate in fates("everything")} == {"kept"}
+    assert {("x", "input", "kept per chunk"), ("sin", "sin", "re-run")} < fates("nothing", blocks_per_ckpt=2)
+
+
+def test_tags_in_the_rule_of_a_custom_vjp():
+    kept = explain(*_called("custom_vjp", policy="save:inverse"))
+    assert kept.stored_bytes == N * (TOKENS.nbytes + TOKENS.shape[0] * 4)
+
+
+def _called(name, **knobs):
+    stack, args, shared = STACKS[name](**knobs)
+    assert not shared
+    return stack, *args
+
+
+def test_offloaded_values_are_counted_apart():
+    stack, args, shared = STACKS["mlp"](policy="offload:h")
+    found = explain(stack, *args, **shared)
+    assert found.host_bytes == N * 5 * 16 * 4
+    assert found.stored_bytes == N * TOKENS.nbytes
+    assert [v.name for v in found.values if v.fate == "offloaded"] == ["h"]
+
+
+def test_rows_say_where_values_come_from():
+    stack, args, shared = STACKS["mlp"](policy="save:h")
+    rows = {v.name: v for v in explain(stack, *args, **shared).values}
+    assert rows["h"].source.startswith("test_explain.py:") and rows["h"].shape == (5, 16) and rows["h"].dtype == "float32"
+    assert rows["h"].times == N and rows["h"].bytes == N * rows["h"].bytes_per_block
+    in_model = {v.source.partition(":")[0] for v in explain(*_called("pairformer")).values if v.op != "input"}
+    assert in_model <= {"pairformer.py", "_layers.py", "_attention.py"}
+
+
+def test_times_are_those_of_the_target():
+    stack, args, shared = STACKS["mlp"](policy="dots")
+    found = {name: explain(stack, *args, target=name, **shared) for name in ("h200", "a100-40gb")}
+    assert 0 < found["h200"].rerun_seconds < found["h200"].forward_seconds < found["a100-40gb"].forward_seconds
+    assert explain(stack, *args, **shared).forward_seconds is None
+    nothing, everything = (
+        explain(*_called("linen", policy=policy), target="h200").rerun_seconds for policy in ("nothing", "everything")
+    )
+    assert nothing > everything == 0
+
+
+def test_shapes_do_and_static_arguments_pass():
+    def block(w, x, *, kind, mask=None):
+        return x + jnp.tanh(x @ w) if kind == "add" else x
+
+    shapes = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((N, 8, 8), (5, 8))]
+    found = explain(checkpoint_scan(block), *shapes, kind="add", mask=None)
+    assert found.stored_bytes == N * 5 * 8 * 2
+
+
+def test_functions_that_run_a_stack():
+    stack, (variables, x), _ = STACKS["linen"]()
+    direct = explain(stack, variables, x)
+    assert explain(lambda v, x: stack.apply(v, 2 * x).sum(), variables, x) == direct
+
+
+def test_a_stack_in_a_parent_module():
+    class Parent(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return checkpoint_scan(TransformerBlock, N)(**_sizes)(nn.Dense(8)(x))
+
+    variables = Parent().init(jax.random.key(0), TOKENS)
+    assert explain(Parent(), variables, TOKENS).stored_bytes == explain(*_called("linen")).stored_bytes
+
+
+def test_prints_and_dumps():
+    stack, args, shared = STACKS["mlp"](blocks_per_ckpt=2, policy="save:h")
+    found = explain(stack, *args, target="h200", **shared)
+    text, page = str(found), found.to_html()
+    assert text.startswith("6 x mlp, blocks_per_ckpt=2, policy='save:h'")
+    assert "stored from the forward to the backward pass: 480 B" in text
+    assert "by the time model of h200" in text
+    assert page.startswith("<!doctype html>") and page.count("<tr") == 1 + len(found.values)
+    assert "http" not in page and "<script" not in page
+    assert json.loads(json.dumps(found.to_json()))["stored_bytes"] == found.stored_bytes
+
+
+@pytest.mark.parametrize("fn, said", [(lambda x: x, "ran no stack that checkpoint_scan made"), (3, "explain takes a stack")])
+def test_what_is_no_stack(fn, said):
+    with pytest.raises(TypeError, match=said):
+        explain(fn, TOKENS)
+
+
+def test_several_stacks():
+    stack, args, shared = STACKS["mlp"]()
+    with pytest.raises(ValueError, match=r"several stacks were run \(6 x mlp, 6 x mlp\)"):
+        explain(lambda w, x: stack(w, stack(w, x, **shared), **shared), *args)
