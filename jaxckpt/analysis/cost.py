@@ -34,7 +34,8 @@ _FUSIBLE = frozenset(
     concatenate convert_element_type copy cos cosh device_put div dynamic_slice dynamic_update_slice eq erf erf_inv erfc
     exp exp2 expm1 floor ge gt imag integer_pow iota is_finite le lgamma log log1p logistic lt max min mul ne neg
     nextafter not one_minus_square or pad population_count pow real reduce_and reduce_max reduce_min reduce_or
-    reduce_precision reduce_prod reduce_sum rem rev round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin
+    reduce_precision reduce_prod reduce_sum rem rev round rsqrt select_n shift_left shift_right_arithmetic
+    shift_right_logical sign sin
     sinh slice split sqrt square squeeze sub tan tanh transpose xor
     """.split()
 )
