@@ -1,0 +1,73 @@
+import json
+import sys
+
+import pytest
+
+from jaxckpt.cli import main
+
+SMALL = ["explain", "--blocks", "6", "--tokens", "8"]
+
+
+@pytest.mark.parametrize("model", ["transformer", "pairformer", "evoformer"])
+def test_our_models(model, capsys):
+    assert main([*SMALL, "--model", model, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["length"] == 6 and found["policy"] == "nothing"
+    assert found["stored_bytes"] == sum(v["bytes_per_block"] * v["times"] for v in found["values"] if v["fate"] == "kept")
+
+
+def test_table_and_page(capsys, tmp_path):
+    page = tmp_path / "page.html"
+    knobs = ["--blocks-per-ckpt", "2", "--policy", "save:context", "--target", "h200", "--html", str(page)]
+    assert main([*SMALL, *knobs]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("6 x TransformerBlock, blocks_per_ckpt=2, policy='save:context'")
+    assert "by the time model of h200" in out
+    assert "TransformerBlock" in page.read_text()
+
+
+MAKE = """
+import jax.numpy as jnp
+from jaxckpt import checkpoint_scan
+
+def make(**knobs):
+    return checkpoint_scan(lambda w, x: jnp.tanh(x @ w), **knobs), (jnp.ones((3, 4, 4)), jnp.ones((2, 4)))
+
+def wrong(**knobs):
+    return 3
+"""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    (tmp_path / "some_stack_of_mine.py").write_text(MAKE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield "some_stack_of_mine"
+    sys.modules.pop("some_stack_of_mine", None)
+
+
+def test_a_stack_of_the_users(module, capsys):
+    assert main(["explain", "--stack", f"{module}:make", "--policy", "dots"]) == 0
+    assert "3 x <lambda>, policy='dots'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--policy", "dotz"], "dots"),
+        (["--policy", "save:nonsense"], "nonsense"),
+        (["--blocks-per-ckpt", "7"], "between 1 and len(blocks) = 6"),
+        (["--target", "h20"], "did you mean 'h200'"),
+        (["--stack", "no_such_module:make"], "is not of the form package.module:function"),
+        (["--stack", "json"], "is not of the form package.module:function"),
+    ],
+)
+def test_bad_input(options, said, capsys):
+    assert main([*SMALL, *options]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_function_that_makes_no_stack(module, capsys):
+    assert main(["explain", "--stack", f"{module}:wrong"]) == 2
+    assert "must return (stack, args)" in capsys.readouterr().err
