@@ -180,8 +180,8 @@ def explain(
     >>> from jaxckpt import checkpoint_scan
     >>> stack = checkpoint_scan(lambda w, x: jnp.tanh(x @ w), policy="dots")
     >>> found = explain(stack, jnp.ones((6, 8, 8)), jnp.ones((4, 8)))
-    >>> [(v.name, v.fate) for v in found.values]
-    [('x', 'kept'), ('dot_general', 'kept'), ('tanh', 're-run'), ('sub', 're-run')]
+    >>> [v.name for v in found.values if v.fate == "kept"]
+    ['x', 'dot_general']
     >>> found.stored_bytes == 6 * 2 * (4 * 8 * 4)
     True
     """
