@@ -11,6 +11,7 @@ reproduce loss and gradients of a plain loop over a small stack (float32, on the
 A call starts no compilation after `--minutes`; the next call goes on where it stopped, as long as JAX's version is the same.
 Peers: pip install dm-haiku equinox && pip install --pre haliax
 """
+# pyright: reportMissingImports=false
 
 import argparse
 import dataclasses

@@ -17,6 +17,11 @@ def is_array(leaf: object) -> bool:
     return isinstance(leaf, jax.Array) or hasattr(leaf, "__jax_array__")
 
 
+def is_shaped(leaf: object) -> bool:
+    """Whether `leaf` is an array, or stands for one by its shape."""
+    return is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
+
+
 def named_leaves(tree: Any) -> list[tuple[str, Any]]:
     """`(path, leaf)` for each leaf, the path as one would write it: `['mlp']['kernel']`."""
     return [(jax.tree_util.keystr(path) or "the array", leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]

@@ -35,8 +35,7 @@ _FUSIBLE = frozenset(
     exp exp2 expm1 floor ge gt imag integer_pow iota is_finite le lgamma log log1p logistic lt max min mul ne neg
     nextafter not one_minus_square or pad population_count pow real reduce_and reduce_max reduce_min reduce_or
     reduce_precision reduce_prod reduce_sum rem rev round rsqrt select_n shift_left shift_right_arithmetic
-    shift_right_logical sign sin
-    sinh slice split sqrt square squeeze sub tan tanh transpose xor
+    shift_right_logical sign sin sinh slice split sqrt square sub tan tanh transpose xor
     """.split()
 )
 _OTHERS = frozenset(

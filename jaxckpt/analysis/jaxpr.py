@@ -7,7 +7,7 @@ things that have no public name are recognised by theirs: the primitive `io_call
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -198,17 +198,22 @@ def _differentiated(closed: Any) -> Any:
     The backward pass does where the rule stands in a `jax.checkpoint` of the block's own.
     """
     fn = core.jaxpr_as_fun(closed)
-    inexact = [i for i, aval in enumerate(closed.in_avals) if jnp.issubdtype(aval.dtype, jnp.inexact)]
 
     def forward_and_backward(*inputs):
-        def of_inexact(*values):
-            out = fn(*replaced(inputs, inexact, values))
-            return [value for value in out if jnp.issubdtype(value.dtype, jnp.inexact)]
-
-        out, pullback = jax.vjp(of_inexact, *(inputs[i] for i in inexact))
+        out, pullback = vjp_of_inexact(fn, inputs)
         return pullback(out)
 
     return jax.make_jaxpr(forward_and_backward)(*closed.in_avals)
+
+
+def vjp_of_inexact(fn: Callable[..., list[Any]], inputs: Sequence[Any]) -> tuple[list[Any], Callable[..., Any]]:
+    """`jax.vjp` of the outputs that have gradients, for the inputs that have."""
+    inexact = [i for i, value in enumerate(inputs) if jnp.issubdtype(value.dtype, jnp.inexact)]
+
+    def of_inexact(*values):
+        return [value for value in fn(*replaced(inputs, inexact, values)) if jnp.issubdtype(value.dtype, jnp.inexact)]
+
+    return jax.vjp(of_inexact, *(inputs[i] for i in inexact))
 
 
 def impure_effects(closed: Any) -> list[str]:

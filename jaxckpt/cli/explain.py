@@ -53,7 +53,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--tokens", type=int, default=384, help="of --model (default: %(default)s)")
     parser.add_argument("--blocks-per-ckpt", type=int, metavar="K")
     parser.add_argument("--policy", help="see 'jaxckpt policies' (default: that of checkpoint_scan)")
-    parser.add_argument("--target", help=f"whose times to show: {', '.join(targets.names()[2:])}, or a file")
+    parser.add_argument("--target", help=f"whose times to show: {', '.join(targets.gpu_names())}, or a file")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the table as a page, too")
     parser.set_defaults(run=run)

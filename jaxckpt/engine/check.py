@@ -23,6 +23,10 @@ class Names(NamedTuple):
         name = self.carry[position] if position < len(self.carry) else f"carry {position}"
         return f"{name}{jax.tree_util.keystr(path)}"
 
+    def leaves(self, carry: tuple) -> list[str]:
+        """The names of all leaves of the carry, in order."""
+        return [self.leaf(i, path) for i, c in enumerate(carry) for path, _ in jax.tree_util.tree_leaves_with_path(c)]
+
 
 def method_of(block: type) -> Callable[..., Any]:
     """The `__call__` of a module class; the metaclass has one too, which makes instances."""
@@ -152,18 +156,17 @@ def settle_carry(carry: tuple, leaves: list[Any], out_types: Sequence[Any], name
     Python numbers take the dtype that the block gives them, as in `lax.scan`. Under `shard_map` a carry that is equal on
     all devices is marked as varying where the block makes it so.
     """
-    paths = [(i, path) for i, c in enumerate(carry) for path, _ in jax.tree_util.tree_leaves_with_path(c)]
     settled = list(leaves)
-    for k, ((position, path), leaf, out) in enumerate(zip(paths, leaves, out_types, strict=True)):
+    for k, (name, leaf, out) in enumerate(zip(names.leaves(carry), leaves, out_types, strict=True)):
         given = jax.typeof(leaf)
         if given.shape != out.shape or (given.dtype != out.dtype and not given.weak_type):
-            raise TypeError(_other_type(names.leaf(position, path), given, out, names))
+            raise TypeError(_other_type(name, given, out, names))
         if given.dtype != out.dtype:
             settled[k] = lax.convert_element_type(leaf, jnp.result_type(leaf, out.dtype))
         elif missing := _varying(out) - _varying(given):
             settled[k] = lax.pcast(leaf, tuple(missing), to="varying")
         elif given.sharding != out.sharding and _explicit(out):
-            raise TypeError(_other_sharding(names.leaf(position, path), given, out, names))
+            raise TypeError(_other_sharding(name, given, out, names))
     return None if all(a is b for a, b in zip(settled, leaves, strict=True)) else settled
 
 

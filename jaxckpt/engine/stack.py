@@ -75,7 +75,7 @@ def run_stack(
         moving=[i for i, source in enumerate(sources) if source != len(x_leaves) + i],
         computed=[len(sources) + i for i in range(len(rest_sources)) if i not in own],
         leaves=(x_leaves, traced.carry, traced.arrays),
-        carry_names=[names.leaf(i, path) for i, c in enumerate(carry) for path, _ in jax.tree_util.tree_leaves_with_path(c)],
+        carry_names=names.leaves(carry),
     )
     if (seen := observed.get()) is not None:
         seen.append(run)

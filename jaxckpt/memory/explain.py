@@ -15,13 +15,12 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.extend.core import Literal
 
-from jaxckpt._leaves import is_array, replaced
+from jaxckpt._leaves import is_shaped, replaced
 from jaxckpt.analysis import jaxpr as jx
-from jaxckpt.analysis.cost import cost
+from jaxckpt.analysis.cost import Cost, cost
 from jaxckpt.engine.stack import Run, observed
 from jaxckpt.memory import targets
 from jaxckpt.policies.grammar import everything
@@ -93,15 +92,14 @@ class Explanation:
         return dataclasses.asdict(self)
 
     def __str__(self) -> str:
-        header = ("value", "op", "source", "shape", "bytes", "times", "fate", "re-run")
-        rows = [header, *map(_cells, self.values)]
+        rows = [_COLUMNS, *map(_cells, self.values)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         return "\n".join([self._title(), "", *lines, "", *self._totals()])
 
     def to_html(self) -> str:
         """The table as a page that needs nothing else."""
-        head = "".join(f"<th>{name}</th>" for name in ("value", "op", "source", "shape", "bytes", "times", "fate", "re-run"))
+        head = "".join(f"<th>{name}</th>" for name in _COLUMNS)
         most = max((v.bytes for v in self.values), default=1) or 1
         rows = "\n".join(
             f'<tr class="{v.fate.split()[0]}">'
@@ -157,6 +155,11 @@ class _Residual:
         """Of one block's."""
         return self.aval.shape[1:] if self.stacked else self.aval.shape
 
+    @property
+    def key(self) -> Any:
+        """What it comes of, what computes it, and its type: equal in two traces for the same value."""
+        return self.origin.number, self.origin.input, self.origin.op, self.shape, self.aval.dtype
+
 
 def explain(
     stack: Callable[..., Any] | nn.Module | nnx.Module,
@@ -188,6 +191,7 @@ def explain(
     run = _the_run(stack, args, keywords)
     where = None if target is None else targets.get(target)
     gpu = None if where is None else where.gpu
+    costs = None if gpu is None else [cost(eqn, gpu) for eqn in run.closed.jaxpr.eqns]
     whole = replace(run.setting, blocks_per_ckpt=None)
     per_chunk = run.setting.blocks_per_ckpt
     alive = run.length if per_chunk is None else min(per_chunk, run.length)
@@ -202,25 +206,23 @@ def explain(
         length=run.length,
         blocks_per_ckpt=per_chunk,
         policy=str(run.setting.policy),
-        values=tuple(_rows(run, kept, wanted, alive, gpu)),
+        values=tuple(_rows(run, kept, wanted, alive, costs)),
         stored_bytes=sum(r.bytes for r in stored if not r.is_host),
         host_bytes=sum(r.bytes for r in stored if r.is_host),
         chunk_bytes=0 if per_chunk is None else sum(r.bytes for r in kept if not r.is_host),
         wanted_bytes=sum(r.bytes for r in without),
         target=None if where is None else where.name,
-        **_seconds(run, kept, wanted, gpu),
+        **_seconds(run, kept, wanted, costs),
     )
 
 
-def _seconds(run: Run, kept: list[_Residual], wanted: list[_Residual], gpu: Any) -> dict[str, float]:
+def _seconds(run: Run, kept: list[_Residual], wanted: list[_Residual], costs: list[Cost] | None) -> dict[str, float]:
     """What one block costs to run, and to run again as far as the values that are wanted and not kept need it."""
-    if gpu is None:
+    if costs is None:
         return {}
     eqns = run.closed.jaxpr.eqns
     computed_by = {var: i for i, eqn in enumerate(eqns) for var in eqn.outvars}
-    seconds = [cost(eqn, gpu).seconds for eqn in eqns]
-    alias = jx.aliases(run.closed.jaxpr)
-    have = {i if i is None else alias.get(i, i) for i in (r.origin.number for r in kept)}
+    have = {r.origin.number for r in kept}
     again: set[int] = set()
     left = [r.origin.number for r in wanted]
     while left:
@@ -229,7 +231,7 @@ def _seconds(run: Run, kept: list[_Residual], wanted: list[_Residual], gpu: Any)
             continue
         again.add(i)
         left.extend(computed_by.get(v) for v in eqns[i].invars if not isinstance(v, Literal))
-    return {"forward_seconds": sum(seconds), "rerun_seconds": sum(seconds[i] for i in again)}
+    return {"forward_seconds": sum(c.seconds for c in costs), "rerun_seconds": sum(costs[i].seconds for i in again)}
 
 
 def _the_run(stack: Any, args: tuple, keywords: dict[str, Any]) -> Run:
@@ -243,7 +245,7 @@ def _the_run(stack: Any, args: tuple, keywords: dict[str, Any]) -> Run:
     if not callable(fn):
         raise TypeError(f"explain takes a stack, or a function that runs one; got {stack!r}")
     leaves, tree = jax.tree.flatten((args, keywords))
-    arrays = [i for i, leaf in enumerate(leaves) if is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)]
+    arrays = [i for i, leaf in enumerate(leaves) if is_shaped(leaf)]
 
     def call(values: list[Any]) -> None:
         args, keywords = jax.tree.unflatten(tree, replaced(leaves, arrays, values))
@@ -269,75 +271,66 @@ def _residuals(run: Run) -> list[_Residual]:
     xs, carry, arrays = ([jax.typeof(leaf) for leaf in leaves] for leaves in run.leaves)
     xs = [aval.update(shape=(run.length, *aval.shape[1:])) for aval in xs]
     constants = [jax.typeof(value) for value in run.closed.consts]
-    types = [*constants, *xs, *carry, *arrays]
-    inexact = [i for i, aval in enumerate(types) if jnp.issubdtype(aval.dtype, jnp.inexact)]
 
     def forward(*inputs: Any) -> list[Any]:
         rest = iter(inputs)
-        parts = [[next(rest) for _ in part] for part in (constants, xs, carry, arrays)]
-        block = jx.as_numbered_function(jx.with_constants(run.closed, parts[0]))
-        return [
-            out
-            for part in run.execute(block, parts[1], parts[2], parts[3])
-            for out in part
-            if jnp.issubdtype(out.dtype, jnp.inexact)
-        ]
+        given, *leaves = [[next(rest) for _ in part] for part in (constants, xs, carry, arrays)]
+        block = jx.as_numbered_function(jx.with_constants(run.closed, given))
+        last, ys = run.execute(block, leaves[0], leaves[1], leaves[2])
+        return [*last, *ys]
 
     def residuals(*inputs: Any) -> list[Any]:
-        of_inexact = lambda *values: forward(*replaced(inputs, inexact, values))  # noqa: E731
-        return jax.tree.leaves(jax.vjp(of_inexact, *(inputs[i] for i in inexact))[1])
+        return jax.tree.leaves(jx.vjp_of_inexact(forward, inputs)[1])
 
-    jaxpr = jx.trace(residuals, *types).jaxpr
-    found = [
-        _Residual(v.aval, jx.origin(jaxpr, v)) for v in dict.fromkeys(v for v in jaxpr.outvars if not isinstance(v, Literal))
-    ]
-    return [r for r in found if r.origin.input is None or r.origin.input[0] in ("carry", "x")]
+    jaxpr = jx.trace(residuals, *constants, *xs, *carry, *arrays).jaxpr
+    alias = jx.aliases(run.closed.jaxpr)
+    found = []
+    for var in dict.fromkeys(v for v in jaxpr.outvars if not isinstance(v, Literal)):
+        origin = jx.origin(jaxpr, var)
+        if origin.number is not None:
+            number = alias.get(origin.number, origin.number)
+            computes = run.closed.jaxpr.eqns[number].primitive.name
+            origin = origin._replace(number=number, op=computes if origin.op in jx.WRAPPERS else origin.op)
+        if origin.input is None or origin.input[0] in ("carry", "x"):
+            found.append(_Residual(var.aval, origin))
+    return found
 
 
-def _rows(run: Run, kept: list[_Residual], wanted: list[_Residual], alive: int, gpu: Any) -> list[Value]:
+def _rows(run: Run, kept: list[_Residual], wanted: list[_Residual], alive: int, costs: list[Cost] | None) -> list[Value]:
     """What is kept, and what is wanted beside it, which is run again."""
     block = run.closed.jaxpr
-    alias = jx.aliases(block)
-    tags = {alias[i]: jx.tag_of(block.eqns[i]) for i in alias}
-
-    def key(r: _Residual) -> Any:
-        """The equation of the block, or the input, that a residual comes of, its type, and what computes it."""
-        number = r.origin.number if r.origin.number is None else alias.get(r.origin.number, r.origin.number)
-        op = block.eqns[number].primitive.name if number is not None and r.origin.op in jx.WRAPPERS else r.origin.op
-        return number, r.origin.input, r.shape, str(r.aval.dtype), op
+    tags = {number: jx.tag_of(block.eqns[i]) for i, number in jx.aliases(block).items()}
 
     def row(r: _Residual, fate: str) -> Value:
-        number, given, shape, dtype, op = key(r)
+        number, given, op = r.origin.number, r.origin.input, r.origin.op
         times = alive if r.stacked else 1
-        common = dict(shape=shape, dtype=dtype, times=times, fate=fate, bytes_per_block=r.bytes // times)
+        size = r.bytes // times
+        common: Any = dict(shape=r.shape, dtype=str(r.aval.dtype), times=times, fate=fate, bytes_per_block=size)
         if given is not None:
             kind, i = given
             name = run.carry_names[run.moving[i]] if kind == "carry" else "a copy of what enters"
             return Value(name=name, op="input", source="", **common)
         if number is None:
             return Value(name=op, op=op, source="", **common)
-        eqn = block.eqns[number]
-        source = jx.source_of(eqn)
-        spent = cost(eqn, gpu) if gpu is not None else None
+        source = jx.source_of(block.eqns[number])
         return Value(
             name=tags.get(number) or op,
             op=op,
             source=f"{os.path.basename(source[0])}:{source[1]}" if source else "",
-            seconds=None if spent is None else spent.seconds,
-            is_guess=spent is not None and spent.is_guess,
+            seconds=None if costs is None else costs[number].seconds,
+            is_guess=costs is not None and costs[number].is_guess,
             **common,
         )
 
-    left = Counter(map(key, kept))
+    left = Counter(r.key for r in kept)
     again = []
     for r in wanted:
-        if left[key(r)]:
-            left[key(r)] -= 1
+        if left[r.key]:
+            left[r.key] -= 1
         else:
             again.append(r)
-    rows = [(key(r), row(r, "offloaded" if r.is_host else "kept")) for r in kept]
-    rows += [(key(r), row(r, "re-run")) for r in again]
-    rows.sort(key=lambda pair: -1 if pair[0][0] is None else pair[0][0])
+    fates = [(r, "offloaded" if r.is_host else "kept") for r in kept] + [(r, "re-run") for r in again]
+    fates.sort(key=lambda pair: -1 if pair[0].origin.number is None else pair[0].origin.number)
     chunks = []
     if run.setting.blocks_per_ckpt is not None:
         times = math.ceil(run.length / run.setting.blocks_per_ckpt)
@@ -345,7 +338,10 @@ def _rows(run: Run, kept: list[_Residual], wanted: list[_Residual], alive: int, 
             aval = jax.typeof(run.leaves[1][i])
             size = jx.nbytes(aval)
             chunks.append(Value(run.carry_names[i], "input", "", aval.shape, str(aval.dtype), times, "kept per chunk", size))
-    return [*chunks, *(value for _, value in rows)]
+    return [*chunks, *(row(r, fate) for r, fate in fates)]
+
+
+_COLUMNS = ("value", "op", "source", "shape", "bytes", "times", "fate", "re-run")
 
 
 def _cells(value: Value) -> tuple[str, ...]:

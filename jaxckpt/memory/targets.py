@@ -22,7 +22,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from jaxckpt._leaves import is_array
+from jaxckpt._leaves import is_shaped
 
 _DATA = resources.files("jaxckpt.memory") / "gpus"
 _PER_HOST = 8  # more GPUs than these are spread over hosts
@@ -119,8 +119,8 @@ class Target:
         1
         """
         if math.prod(shape) != self.count:
-            raise ValueError(f"a mesh of shape {tuple(shape)} has {math.prod(shape)} devices, target {self.name!r} has "
-                             f"{self.count}")  # fmt: skip
+            number = math.prod(shape)
+            raise ValueError(f"a mesh of shape {tuple(shape)} has {number} devices, target {self.name!r} has {self.count}")
         return Mesh(np.array(self.devices).reshape(shape), axes, axis_types=axis_types)
 
     def place(self, tree: Any) -> Any:
@@ -135,7 +135,7 @@ class Target:
         """
 
         def shape_of(path: Any, leaf: Any) -> Any:
-            if not (is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)):
+            if not is_shaped(leaf):
                 return leaf
             aval = jax.typeof(leaf)
             sharding = self._sharding(getattr(leaf, "sharding", None), jax.tree_util.keystr(path))
@@ -172,7 +172,12 @@ def names() -> list[str]:
     >>> "h200" in names()
     True
     """
-    return ["attached", "cpu", *sorted(Path(entry.name).stem for entry in _DATA.iterdir() if entry.name.endswith(".toml"))]
+    return ["attached", "cpu", *gpu_names()]
+
+
+def gpu_names() -> list[str]:
+    """The GPUs that `get` knows by name, present or not."""
+    return sorted(Path(entry.name).stem for entry in _DATA.iterdir() if entry.name.endswith(".toml"))
 
 
 def get(target: "str | os.PathLike[str] | Target") -> Target:
@@ -208,18 +213,19 @@ def get(target: "str | os.PathLike[str] | Target") -> Target:
 
 def gpu_named(description: str) -> Gpu | None:
     """Facts about a GPU by what it calls itself (`device.device_kind`), if there is a file about it."""
-    return next((gpu for name in names()[2:] if (gpu := _known(name)).description == description), None)
+    return next((gpu for name in gpu_names() if (gpu := _known(name)).description == description), None)
 
 
 def _present(text: str, devices: list[Any], count: int) -> Target:
     if count > len(devices):
         raise ValueError(f"target {text!r} asks for {count} devices, and {len(devices)} are present: {devices}")
-    return Target(text, count, gpu_named(devices[0].device_kind), present=tuple(devices[:count]))
+    gpu = gpu_named(devices[0].device_kind) if devices[0].platform == "gpu" else None
+    return Target(text, count, gpu, present=tuple(devices[:count]))
 
 
 @functools.cache
 def _known(name: str) -> Gpu:
-    if name not in names()[2:]:
+    if name not in gpu_names():
         near = difflib.get_close_matches(name.lower(), names(), n=3, cutoff=0.5)
         hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise ValueError(
