@@ -87,6 +87,16 @@ class Explanation:
     forward_seconds: float | None = None
     rerun_seconds: float | None = None
 
+    @property
+    def forward_runs(self) -> float | None:
+        """How often a block is run in one training step, parts of it by their share of the time; None without a target.
+
+        1 without checkpointing, 2 where the whole block is run again; another 1 for restoring the inputs in a chunk.
+        """
+        if not self.forward_seconds or self.rerun_seconds is None:
+            return None
+        return 1 + (self.blocks_per_ckpt is not None) + self.rerun_seconds / self.forward_seconds
+
     def to_json(self) -> dict[str, Any]:
         """All fields, as JSON has them."""
         return dataclasses.asdict(self)

@@ -1,5 +1,4 @@
 import json
-import sys
 
 import pytest
 
@@ -26,27 +25,6 @@ def test_table_and_page(capsys, tmp_path):
     assert "TransformerBlock" in page.read_text()
 
 
-MAKE = """
-import jax.numpy as jnp
-from jaxckpt import checkpoint_scan
-
-def make(**knobs):
-    return checkpoint_scan(lambda w, x: jnp.tanh(x @ w), **knobs), (jnp.ones((3, 4, 4)), jnp.ones((2, 4)))
-
-def wrong(**knobs):
-    return 3
-"""
-
-
-@pytest.fixture
-def module(tmp_path, monkeypatch):
-    (tmp_path / "some_stack_of_mine.py").write_text(MAKE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    yield "some_stack_of_mine"
-    sys.modules.pop("some_stack_of_mine", None)
-
-
 def test_a_stack_of_the_users(module, capsys):
     assert main(["explain", "--stack", f"{module}:make", "--policy", "dots"]) == 0
     assert "3 x <lambda>, policy='dots'" in capsys.readouterr().out
@@ -66,6 +44,11 @@ def test_a_stack_of_the_users(module, capsys):
 def test_bad_input(options, said, capsys):
     assert main([*SMALL, *options]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_keyword_arguments_of_the_users_stack(module, capsys):
+    assert main(["explain", "--stack", f"{module}:with_keywords", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["length"] == 3
 
 
 def test_a_function_that_makes_no_stack(module, capsys):

@@ -1,0 +1,208 @@
+"""`jaxckpt report`: memory against recomputation for many settings of one stack, as a table and as a picture."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import nnx
+from tqdm import tqdm
+
+from jaxckpt import explain, measure
+from jaxckpt._leaves import is_shaped, replaced
+from jaxckpt.cli._stacks import Call, add_stack_options, chosen_stack, chunk_near_sqrt
+from jaxckpt.cli.plots import Point, check_plot, draw_memory_against_runs, pareto
+from jaxckpt.memory import targets
+from jaxckpt.memory.explain import Explanation
+
+GIB = 2**30
+POLICIES = ("everything", "dots", "dots_no_batch", "nothing")
+RATES = "h200"  # whose rates weigh what is run again, where no target's are known
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One setting on one target; the numbers are None where `error` says why."""
+
+    target: str
+    blocks_per_ckpt: int | None
+    policy: str
+    peak_bytes: int | None = None
+    temp_bytes: int | None = None
+    host_bytes: int | None = None
+    memory_bytes: int | None = None
+    forward_runs: float | None = None
+    compile_seconds: float | None = None
+    error: str | None = None
+
+    @property
+    def setting(self) -> str:
+        return self.policy if self.blocks_per_ckpt is None else f"K={self.blocks_per_ckpt}, {self.policy}"
+
+
+def add_parser(commands: Any) -> None:
+    about = "compile a stack under many settings and show memory against recomputation, as a table and as a picture"
+    parser = commands.add_parser("report", help=about, description=about)
+    add_stack_options(parser)
+    parser.add_argument(
+        "--blocks-per-ckpt",
+        nargs="+",
+        type=_chunk,
+        metavar="K",
+        help="chunk sizes to try, 'none' for no chunks (default: none, and the divisor of the length nearest to its root)",
+    )
+    parser.add_argument("--policies", nargs="+", default=POLICIES, metavar="POLICY", help=f"default: {' '.join(POLICIES)}")
+    parser.add_argument(
+        "--target", nargs="+", default=["attached"], help=f"attached, cpu, {', '.join(targets.gpu_names())}, or files"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the picture (.svg, .png or .pdf)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    try:
+        if options.plot is not None:
+            check_plot(options.plot)
+        where = [targets.get(name) for name in options.target]
+        _ = [target.devices for target in where]  # a missing plugin is said before anything is compiled
+        length = explained(chosen_stack(options, blocks_per_ckpt=None, policy="nothing"), RATES).length
+        chunks = options.blocks_per_ckpt or dict.fromkeys([None, chunk_near_sqrt(length)])
+        settings = [(k, policy) for k in chunks for policy in options.policies]
+        calls = [chosen_stack(options, blocks_per_ckpt=k, policy=policy) for k, policy in settings]
+        rates = next((target for target in where if target.gpu), targets.get(RATES))
+        found = [explained(call, rates) for call in calls]
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        print(f"jaxckpt report: {error}", file=sys.stderr)
+        return 2
+    title = f"{length} x {found[0].block}, gradients of its parameters, JAX {jax.__version__}"
+    rows: list[Row] = []
+    interrupted = False
+    jobs = [
+        (Row(target.name, k, policy, forward_runs=explanation.forward_runs), call, target)
+        for target in where
+        for (k, policy), call, explanation in zip(settings, calls, found, strict=True)
+    ]
+    try:
+        for row, call, target in (bar := tqdm(jobs, unit="setting", dynamic_ncols=True)):
+            bar.set_description(f"{row.target}: {row.setting}")
+            rows.append(measured(row, call, target))
+    except KeyboardInterrupt:  # what has been measured is not lost
+        interrupted = True
+    if options.json:
+        print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
+    else:
+        print("\n\n".join([title, *tables(rows), EXPLAINED.format(rates=rates.name)]))
+    if options.plot is not None:
+        draw(options.plot, title, rows)
+    return 130 if interrupted else 0
+
+
+def measured(row: Row, call: Call, target: targets.Target) -> Row:
+    """Compiles the gradient of the stack's parameters for the target and reads its sizes."""
+    try:
+        found = measure(*gradient(call), target=target)
+    except Exception as error:  # what one setting does not allow must not lose the others
+        return dataclasses.replace(row, error=f"{type(error).__name__}: {error}".splitlines()[0])
+    return dataclasses.replace(
+        row,
+        peak_bytes=found.peak_bytes,
+        temp_bytes=found.temp_bytes,
+        host_bytes=found.host_bytes,
+        memory_bytes=found.memory_bytes,
+        compile_seconds=round(found.compile_seconds, 1),
+    )
+
+
+def explained(call: Call, target: Any) -> Explanation:
+    return explain(call.stack, *call.args, target=target, **call.keywords)
+
+
+def gradient(call: Call) -> tuple[Any, ...]:
+    """A function for `measure` and its arguments: the gradients by the parameters of the sum of the squared outputs."""
+    stack, args, keywords = call
+    if isinstance(stack, nnx.Module):
+        graph, params, state = nnx.split(stack, nnx.Param, ...)
+        forward = lambda params, state, *args, **keywords: nnx.merge(graph, params, state)(*args, **keywords)  # noqa: E731
+        args = (state, *args)
+    elif isinstance(stack, nn.Module):
+        state = dict(args[0])
+        params = state.pop("params")
+        forward = lambda params, state, *args, **kw: stack.apply({"params": params, **state}, *args, **kw)  # noqa: E731
+        args = (state, *args[1:])
+    else:
+        forward, params, args = stack, args[0], args[1:]
+    leaves, tree = jax.tree.flatten((args, keywords))
+    arrays = [i for i, leaf in enumerate(leaves) if is_shaped(leaf)]  # all else is static
+
+    def loss(params: Any, values: list[Any]) -> jax.Array:
+        args, keywords = jax.tree.unflatten(tree, replaced(leaves, arrays, values))
+        out = jax.tree.leaves(forward(params, *args, **keywords))
+        squares = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in out if jnp.issubdtype(x.dtype, jnp.inexact)]
+        return jnp.stack(squares).sum()
+
+    return jax.value_and_grad(loss), params, [leaves[i] for i in arrays]
+
+
+def tables(rows: list[Row]) -> list[str]:
+    """For each target the settings, the one of least memory first; a star marks the Pareto front."""
+    parts = []
+    for target, group in _by_target(rows).items():
+        front = pareto([point for row in group if (point := _point(row))])
+        lines = [["", "setting", "peak GiB", "temp GiB", "forward runs", "compile s", ""]]
+        for row in sorted(group, key=lambda row: (row.peak_bytes is None, row.peak_bytes)):
+            lines.append(["*" if _point(row) in front else "", row.setting, *_cells(row)])
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        memory = max(row.memory_bytes or 0 for row in group)
+        parts.append(f"{target}, {memory / GIB:.0f} GiB of memory" if memory else target)
+        for star, setting, *cells, note in lines:
+            numbers = "  ".join(cell.rjust(width) for cell, width in zip(cells, widths[2:], strict=False))
+            parts[-1] += f"\n{star:1} {setting:{widths[1]}}  {numbers}  {note}".rstrip()
+    return parts
+
+
+EXPLAINED = """*: no other setting needs less memory without running more. K: blocks_per_ckpt.
+peak: temporaries, arguments and outputs. forward runs: of a block in one training step, parts of it by the time model of
+{rates}; 1: nothing is run again."""
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    runs = "" if row.forward_runs is None else f"{row.forward_runs:.2f}"
+    if row.peak_bytes is None or row.temp_bytes is None:
+        return "", "", runs, "", row.error or ""
+    notes = []
+    if row.memory_bytes and row.peak_bytes > row.memory_bytes:
+        notes.append(f"{(row.peak_bytes - row.memory_bytes) / GIB:.1f} GiB too large")
+    if row.host_bytes:
+        notes.append(f"{row.host_bytes / GIB:.1f} GiB in the host")
+    return f"{row.peak_bytes / GIB:.2f}", f"{row.temp_bytes / GIB:.2f}", runs, f"{row.compile_seconds:.1f}", ", ".join(notes)
+
+
+def draw(path: Path, title: str, rows: list[Row]) -> None:
+    """The picture of what could be measured."""
+    groups = _by_target(rows).items()
+    points = {target: [point for row in group if (point := _point(row))] for target, group in groups}
+    memory = {target: max(row.memory_bytes or 0 for row in group) for target, group in groups}
+    draw_memory_against_runs(path, title, points, memory)
+
+
+def _by_target(rows: list[Row]) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.target, []).append(row)
+    return groups
+
+
+def _point(row: Row) -> Point | None:
+    if row.peak_bytes is None or row.forward_runs is None:
+        return None
+    return Point(row.forward_runs, row.peak_bytes, row.setting)
+
+
+def _chunk(text: str) -> int | None:
+    return None if text.lower() == "none" else int(text)
