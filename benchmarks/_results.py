@@ -1,0 +1,36 @@
+"""Where and with what a benchmark was run, and its section in the README of the benchmarks."""
+
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("jax", "jaxlib", "flax", "numpy")
+
+
+def environment(*packages: str) -> dict[str, Any]:
+    """The device that JAX picks, its driver where it has one, the machine, and versions of JAX, Flax and `packages`."""
+    device = jax.devices()[0]
+    found = {"device": device.device_kind, "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
+    if device.platform == "gpu":
+        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        found["driver"] = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()[0]
+    versions = {"python": platform.python_version()}
+    for package in (*PACKAGES, *packages):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return {**found, "versions": versions}
+
+
+def write_section(name: str, text: str, readme: Path) -> None:
+    """Writes `text` into the README between the marks of the benchmark `name`, at the end if it has none yet."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    before, _, rest = readme.read_text().partition(begin) if readme.exists() else ("# Benchmarks\n\n", "", "")
+    readme.write_text(f"{before.rstrip()}\n\n{begin}\n\n{text.strip()}\n\n{end}{rest.partition(end)[2] or chr(10)}")

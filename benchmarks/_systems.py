@@ -1,0 +1,362 @@
+"""The systems that can checkpoint a stack, on the same blocks: each is a way to run `N` blocks with stacked parameters.
+
+Every system gets the pure function of one Flax block, and must reproduce loss and gradients of a plain loop on a small stack
+(`gradient_error`) before anything of it is measured.
+"""
+# pyright: reportMissingImports=false
+
+import dataclasses
+import functools
+import importlib.metadata
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+import jaxckpt
+from jaxckpt import checkpoint_scan
+from jaxckpt.models import PairformerBlock, TransformerBlock
+
+TOLERANCE = 1e-4
+QUICKLY = {"xla_backend_optimization_level": "0", "xla_llvm_disable_expensive_passes": True}
+POLICIES = {
+    "nothing": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "everything": jax.checkpoint_policies.everything_saveable,
+}
+Carry = tuple[Any, ...]
+Forward = Callable[[Any, Carry, dict[str, Any]], Carry]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """`length` blocks of one kind: what is compiled.
+
+    Fields:
+        block: an unbound Linen module.
+        chunk: the number of blocks per chunk for the systems that have chunks; it divides `length`.
+        carry, shared: shapes of the positional and of the keyword arguments.
+    """
+
+    title: str
+    block: nn.Module
+    length: int
+    chunk: int
+    carry: Carry
+    shared: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def chunks(self) -> int:
+        return self.length // self.chunk
+
+    def apply(self, params: Any, *carry: Any, **shared: Any) -> Any:
+        """The pure function of one block."""
+        return self.block.apply({"params": params}, *carry, **shared)
+
+    def step(self, params: Any, carry: Carry, shared: dict[str, Any]) -> Carry:
+        """The same, with a tuple for the carry and a dict for what the blocks share."""
+        return as_tuple(self.apply(params, *carry, **shared))
+
+    def arguments(self) -> tuple[Any, Carry, dict[str, Any]]:
+        """Shapes of the stacked parameters, the carry and the shared arguments."""
+        one = jax.eval_shape(self.block.init, jax.random.key(0), *self.carry, **self.shared)["params"]
+        stacked = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((self.length, *leaf.shape), leaf.dtype), one)
+        return stacked, self.carry, self.shared
+
+
+def as_tuple(out: Any) -> Carry:
+    return out if isinstance(out, tuple) else (out,)
+
+
+class System(NamedTuple):
+    """One way to run a stack. `build` makes `forward(stacked params, carry, shared)` of a `Stack`."""
+
+    name: str
+    setting: str
+    build: Callable[[Stack], Forward]
+    package: str = "jax"
+    keeps_dots: bool = False  # then how often a block runs depends on what is in it
+    is_slow: bool = False  # to compile
+
+
+# --- what is compiled ---------------------------------------------------------------------------------------------------
+
+
+def workloads() -> dict[str, Stack]:
+    return {
+        "pairformer-tiny": pairformer(12, 24, 6),
+        "pairformer-small": pairformer(8, 24, 4, jnp.float32),
+        "transformer-small": transformer(12, 4, 128, 128, 3, jnp.float32),
+        **{f"pairformer-{tokens}": pairformer(48, tokens, 6) for tokens in (384, 512, 768)},
+        "transformer-2048": transformer(24, 8, 2048, 1024, 4),
+    }
+
+
+def pairformer(blocks: int, tokens: int, chunk: int, dtype: Any = jnp.bfloat16) -> Stack:
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
+    return Stack(
+        f"Pairformer, {blocks} blocks, {tokens} tokens, {jnp.dtype(dtype).name}",
+        PairformerBlock(dtype=dtype),
+        blocks,
+        chunk,
+        (shape((tokens, 384)), shape((tokens, tokens, 128))),
+        {"pair_mask": shape((tokens, tokens))},
+    )
+
+
+def transformer(blocks: int, batch: int, tokens: int, width: int, chunk: int, dtype: Any = jnp.bfloat16) -> Stack:
+    heads = width // 64
+    return Stack(
+        f"transformer, {blocks} blocks of {width} channels, {batch} x {tokens} tokens, {jnp.dtype(dtype).name}",
+        TransformerBlock(width, num_heads=heads, d_ff=4 * width, dtype=dtype),
+        blocks,
+        chunk,
+        (jax.ShapeDtypeStruct((batch, tokens, width), dtype),),
+    )
+
+
+@functools.cache
+def small(kind: str) -> Stack:
+    """Two chunks of two tiny blocks of the same kind in float32, to compare values on."""
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    if kind == "PairformerBlock":
+        block = PairformerBlock(16, 8, c_hidden_mul=8, num_heads_pair=2, head_dim_pair=4, num_heads_single=2)
+        return Stack("small", block, 4, 2, (shape((6, 16)), shape((6, 6, 8))), {"pair_mask": shape((6, 6))})
+    return Stack("small", TransformerBlock(16, num_heads=2, d_ff=32), 4, 2, (shape((2, 6, 16)),))
+
+
+def loss_and_gradients(forward: Forward, params: Any, carry: Carry, shared: dict[str, Any]) -> Any:
+    def loss(params: Any) -> Any:
+        return sum(jnp.sum(leaf.astype(jnp.float32) ** 2) for leaf in forward(params, carry, shared))
+
+    return jax.value_and_grad(loss)(params)
+
+
+# --- the systems --------------------------------------------------------------------------------------------------------
+
+
+def systems(stack: Stack) -> list[System]:
+    k, m, n = stack.chunk, stack.chunks, stack.length
+    haiku_remat = {"": {}, "prevent_cse=False": {"prevent_cse": False}, "dots": {"policy": POLICIES["dots"]}}
+    ours = [(None, "everything"), (None, "dots"), (None, "dots_no_batch"), (None, "nothing")]
+    ours += [(2, "everything"), (k, "everything"), (k, "dots"), (k, "nothing")]
+    return [
+        System("no checkpointing", "lax.scan", plain_scan),
+        *(
+            System("jaxckpt", f"blocks_per_ckpt={count}, {name}", our_stack(count, name), "jaxckpt", "dots" in name)
+            for count, name in ours
+        ),
+        System("Python loop", "jax.checkpoint of each block", checkpointed_loop, is_slow=True),
+        *(
+            System("flax nn.scan(nn.remat)", name, functools.partial(flax_scan, policy), "flax", "dots" in name)
+            for name, policy in POLICIES.items()
+        ),
+        System("flax nn.remat_scan", f"lengths=({n}, 1)", lambda s: flax_remat_scan(s, (s.length, 1)), "flax"),
+        System("flax nn.remat_scan", f"lengths=({m}, {k})", lambda s: flax_remat_scan(s, (s.chunks, s.chunk)), "flax"),
+        System("flax nn.remat_scan", f"lengths=({m}, {k}, 1)", lambda s: flax_remat_scan(s, (s.chunks, s.chunk, 1)), "flax"),
+        *(
+            System("haiku layer_stack + hk.remat", name, functools.partial(haiku_stack, **remat), "dm-haiku", name == "dots")
+            for name, remat in haiku_remat.items()
+        ),
+        System("equinox checkpointed scan", "checkpoints=None", equinox_scan, "equinox"),
+        System("equinox checkpointed scan", f"checkpoints={k}", lambda s: equinox_scan(s, s.chunk), "equinox"),
+        System("equinox checkpointed scan", 'checkpoints="all"', lambda s: equinox_scan(s, "all"), "equinox"),
+        System("haliax Stacked", "True", lambda s: haliax_stacked(s, True), "haliax"),
+        System("haliax Stacked", '"recompute"', lambda s: haliax_stacked(s, "recompute"), "haliax"),
+        System("haliax Stacked", '"nested"', lambda s: haliax_stacked(s, "nested"), "haliax"),
+        System("haliax Stacked", f"simple, nested={m}", haliax_nested, "haliax"),
+    ]
+
+
+def our_stack(count: int | None, policy: str) -> Callable[[Stack], Forward]:
+    def build(stack: Stack) -> Forward:
+        run = checkpoint_scan(stack.apply, blocks_per_ckpt=count and min(count, stack.chunk), policy=policy)
+        return lambda params, carry, shared: as_tuple(run(params, *carry, **shared))
+
+    return build
+
+
+def plain_scan(stack: Stack) -> Forward:
+    return lambda params, carry, shared: lax.scan(lambda c, p: (stack.step(p, c, shared), None), carry, params)[0]
+
+
+def checkpointed_loop(stack: Stack) -> Forward:
+    return functools.partial(loop, jax.checkpoint(stack.step), stack.length)
+
+
+def loop(step: Forward, length: int, params: Any, carry: Carry, shared: dict[str, Any]) -> Carry:
+    for i in range(length):
+        carry = step(jax.tree.map(lambda leaf, i=i: leaf[i], params), carry, shared)
+    return carry
+
+
+class FlaxBody(nn.Module):
+    """What `nn.scan` wants: a module that returns `(carry, output)`."""
+
+    block: nn.Module
+
+    def __call__(self, carry, shared):
+        return as_tuple(self.block(*carry, **shared)), None
+
+
+def flax_scan(policy: Any, stack: Stack) -> Forward:
+    body = nn.scan(
+        nn.remat(FlaxBody, policy=policy, prevent_cse=False),
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
+        length=stack.length,
+    )(stack.block)
+    return lambda params, carry, shared: body.apply({"params": {"block": params}}, carry, shared)[0]
+
+
+class FlaxCarryBody(nn.Module):
+    """What `nn.remat_scan` wants: a module of the carry alone."""
+
+    block: nn.Module
+    shared: dict[str, Any]
+
+    def __call__(self, carry):
+        return as_tuple(self.block(*carry, **self.shared))
+
+
+def flax_remat_scan(stack: Stack, lengths: tuple[int, ...]) -> Forward:
+    def forward(params, carry, shared):
+        body = nn.remat_scan(FlaxCarryBody, lengths=lengths)(stack.block, shared)
+        nested = jax.tree.map(lambda leaf: leaf.reshape(*lengths, *leaf.shape[1:]), params)
+        return body.apply({"params": {"block": nested}}, carry)
+
+    return forward
+
+
+def haiku_stack(stack: Stack, **remat: Any) -> Forward:
+    import haiku as hk
+
+    shapes, tree = jax.tree.flatten(stack.arguments()[0])
+
+    def run(carry, shared):
+        def block(carry):
+            leaves = [
+                hk.get_parameter(f"p{i}", leaf.shape[1:], leaf.dtype, hk.initializers.Constant(0))
+                for i, leaf in enumerate(shapes)
+            ]
+            return stack.step(tree.unflatten(leaves), carry, shared)
+
+        return hk.layer_stack(stack.length)(hk.remat(block, **remat))(carry)
+
+    transformed = hk.transform(run)
+
+    def forward(params, carry, shared):
+        names = jax.eval_shape(transformed.init, jax.random.key(0), carry, shared)
+        leaves = jax.tree.leaves(params)
+        own = {module: {name: leaves[int(name[1:])] for name in inside} for module, inside in names.items()}
+        return transformed.apply(own, None, carry, shared)
+
+    return forward
+
+
+def equinox_scan(stack: Stack, checkpoints: Any = None) -> Forward:
+    from equinox import internal as eqxi
+
+    def forward(params, carry, shared):
+        def body(carry, block):
+            return stack.step(block.params, carry, shared), None
+
+        xs = equinox_block()(params)
+        return eqxi.scan(body, carry, xs, stack.length, kind="checkpointed", checkpoints=checkpoints)[0]
+
+    return forward
+
+
+def haliax_stacked(stack: Stack, policy: Any) -> Forward:
+    import haliax
+
+    def forward(params, carry, shared):
+        stacked = haliax.nn.Stacked(equinox_block()(params), haliax.Axis("layers", stack.length), checkpoint_policy(policy))
+        return stacked.fold_via(lambda block, carry: stack.step(block.params, carry, shared))(carry)
+
+    return forward
+
+
+def haliax_nested(stack: Stack) -> Forward:
+    from haliax import ScanCheckpointPolicy
+
+    return haliax_stacked(stack, ScanCheckpointPolicy(simple=True, nested=stack.chunks))
+
+
+def checkpoint_policy(policy: Any) -> Any:
+    from haliax import ScanCheckpointPolicy
+
+    return ScanCheckpointPolicy.from_bool_or_str(policy) if isinstance(policy, (bool, str)) else policy
+
+
+@functools.cache
+def equinox_block() -> Any:
+    import equinox
+
+    class Block(equinox.Module):
+        params: Any
+
+    return Block
+
+
+# --- the check ------------------------------------------------------------------------------------------------------------
+
+
+def version(package: str) -> str:
+    return jaxckpt.__version__ if package == "jaxckpt" else importlib.metadata.version(package)
+
+
+def gradient_error(system: System, stack: Stack) -> float:
+    """The largest difference from the plain loop, of loss and gradients of a small stack, to the largest entry."""
+    kind = type(stack.block).__name__
+    tiny, want = small(kind), plain_loop(kind)
+    got = run_quickly(functools.partial(loss_and_gradients, system.build(tiny)), tiny)
+    return checked_error(got, want)
+
+
+def checked_error(got: Any, want: Any) -> float:
+    """The larger of the errors of two pairs of loss and gradients.
+
+    Raises:
+        ValueError: it is larger than `TOLERANCE`.
+    """
+    errors = [largest(jax.tree.map(jnp.subtract, a, b)) / largest(b) for a, b in zip(got, want, strict=True)]
+    if not all(error <= TOLERANCE for error in errors):
+        raise ValueError(f"loss and gradients differ from the plain loop's by {errors}")
+    return max(errors)
+
+
+def run_quickly(fn: Callable[..., Any], stack: Stack) -> Any:
+    """`fn` on the CPU, where float32 is no TF32, compiled in little time."""
+    with jax.default_device(jax.devices("cpu")[0]):
+        arguments = values(stack)
+        return jax.device_get(jax.jit(fn).lower(*arguments).compile(QUICKLY)(*arguments))
+
+
+def largest(tree: Any) -> float:
+    return float(jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(tree)])))
+
+
+@functools.cache
+def plain_loop(kind: str) -> Any:
+    stack = small(kind)
+    forward = functools.partial(loop, stack.step, stack.length)
+    loss, gradients = run_quickly(functools.partial(loss_and_gradients, forward), stack)
+    assert all(jnp.any(leaf != 0) for leaf in jax.tree.leaves(gradients)), "a gradient is zero, and proves nothing"
+    assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves((loss, gradients)))
+    return loss, gradients
+
+
+def values(stack: Stack) -> Any:
+    """Random values of the stack's arguments, of a size with which deep stacks stay finite."""
+    shapes, tree = jax.tree.flatten(stack.arguments())
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    weights = len(jax.tree.leaves(stack.arguments()[0]))
+    fan_in = [s.shape[1] if i < weights and s.ndim > 2 else 1 for i, s in enumerate(shapes)]
+    drawn = zip(keys, shapes, fan_in, strict=True)
+    return tree.unflatten(0.5 * jax.random.normal(k, s.shape, s.dtype) / n**0.5 for k, s, n in drawn)

@@ -1,0 +1,232 @@
+"""How long does one training step of the same stack take under each system that can checkpoint it?
+
+Computes the loss of a stack and its gradients by the stacked parameters, on the device that JAX picks: small stacks on a
+CPU, those of `memory_vs_peers.py` on a GPU. Systems take turns, one step each per round, so that a noisy machine is noisy
+for all; the ratio is the median over rounds of a system's seconds to those of per-block remat under `checkpoint_scan` in the
+same round. Each must first reproduce loss and gradients of a plain loop over a small stack. With torch installed, its
+`checkpoint_blocks` (`torch_ref`) runs the same blocks with the same parameters on the same device, eager and compiled.
+
+    PYTHONPATH=. python benchmarks/time_vs_peers.py
+    PYTHONPATH=. python benchmarks/time_vs_peers.py --workloads transformer-2048 --systems jaxckpt torch    # on a GPU
+
+After `--minutes` no further system is compiled, and the rounds begin; what was left out says so.
+"""
+
+import argparse
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave torch its share of the GPU
+
+import jax
+from _results import RESULTS, environment, write_section
+from _systems import (
+    Stack,
+    System,
+    checked_error,
+    gradient_error,
+    loss_and_gradients,
+    plain_loop,
+    small,
+    systems,
+    version,
+    workloads,
+)
+from _systems import values as values_of
+from tqdm import tqdm
+
+REFERENCE = ("jaxckpt", "blocks_per_ckpt=None, nothing")
+PACKAGES = ("dm-haiku", "equinox", "haliax", "torch")
+GIB = 2**30
+
+
+@dataclasses.dataclass
+class Entry:
+    """A system in the race: `step` runs one training step to its end."""
+
+    system: str
+    setting: str
+    step: Callable[[], Any] | None = None
+    row: dict[str, Any] = dataclasses.field(default_factory=dict)
+    seconds: list[float] = dataclasses.field(default_factory=list)
+
+
+def main() -> None:
+    options = parse()
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    path = options.out / "time_vs_peers.json"
+    where = environment(*PACKAGES)
+    races = json.loads(path.read_text())["races"] if path.exists() else []
+    end = time.monotonic() + 60 * options.minutes
+    for i, name in enumerate(options.workloads):
+        share = (end - time.monotonic()) / (len(options.workloads) - i)
+        race = {"workload": name, "title": workloads()[name].title, **where}
+        race["rows"] = run_race(name, options.systems, time.monotonic() + share, options.rounds)
+        races = [other for other in races if key(other) != key(race)] + [race]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"races": sorted(races, key=key)}, indent=1) + "\n")
+        print(table(race))
+    write_section("time_vs_peers", section(races), options.out.parent / "README.md")
+
+
+def parse() -> argparse.Namespace:
+    on_gpu = jax.default_backend() == "gpu"
+    default = ["transformer-2048", "pairformer-384"] if on_gpu else ["transformer-small", "pairformer-small"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workloads", nargs="+", choices=workloads(), default=default, metavar="WORKLOAD")
+    parser.add_argument("--systems", nargs="+", help="only those whose name or setting contains one of these")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--minutes", type=float, default=6, help="compile nothing after them")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    return parser.parse_args()
+
+
+def key(race: dict[str, Any]) -> tuple[str, ...]:
+    return race["workload"], race["device"], race["versions"]["jax"]
+
+
+# --- a race -------------------------------------------------------------------------------------------------------------
+
+
+def run_race(name: str, wanted: list[str] | None, end: float, rounds: int) -> list[dict[str, Any]]:
+    """Compiles the systems until `end` and runs them in turns; a row for each, the reference first to be compiled."""
+    stack = workloads()[name]
+    arguments = jax.block_until_ready(values_of(stack))
+    field = [Entry(s.name, s.setting, row={"package": s.package}) for s in systems(stack) if not s.is_slow]
+    makers = {(s.name, s.setting): functools.partial(start_jax, s, stack, arguments) for s in systems(stack)}
+    for blocks_per_ckpt in (None, 1, stack.chunk):
+        for is_compiled in (False, True):
+            setting = f"blocks_per_ckpt={blocks_per_ckpt}{', torch.compile' * is_compiled}"
+            field.append(Entry("torch checkpoint_blocks", setting, row={"package": "torch"}))
+            makers[field[-1].system, setting] = functools.partial(
+                start_torch, stack, arguments, blocks_per_ckpt, is_compiled
+            )
+    asked = lambda e: any(part in f"{e.system} {e.setting}" for part in wanted or [""])  # noqa: E731
+    field = [e for e in field if asked(e) or (e.system, e.setting) == REFERENCE]
+    field.sort(key=lambda e: (e.system, e.setting) != REFERENCE)
+    for entry in (bar := tqdm(field, unit="system", dynamic_ncols=True)):
+        bar.set_description(f"{name}: {entry.system}, {entry.setting}")
+        if time.monotonic() > end:
+            entry.row["error"] = "not compiled: out of time"
+            continue
+        attempt(entry, lambda entry=entry: makers[entry.system, entry.setting](entry))
+    # The runtime counts its peak up to now, so the systems that need less run first.
+    for entry in sorted((e for e in field if e.step), key=lambda e: e.row.get("compiled_peak_bytes", 0)):
+        attempt(entry, lambda entry=entry: warm_up(entry))
+    for i in tqdm(range(rounds), unit="round", desc=name, dynamic_ncols=True):
+        running = [entry for entry in field if entry.step]
+        for entry in running[i % len(running) :] + running[: i % len(running)]:
+            attempt(entry, lambda entry=entry: entry.seconds.append(timed(entry.step)))
+    reference = field[0].seconds
+    return [finished(entry, reference) for entry in field]
+
+
+def attempt(entry: Entry, action: Callable[[], Any]) -> None:
+    """Runs `action`; where it fails the entry leaves the race, with the reason."""
+    try:
+        action()
+    except (importlib.metadata.PackageNotFoundError, ImportError):
+        entry.row["error"], entry.step = "not installed", None
+    except Exception as error:
+        entry.row["error"], entry.step = f"{type(error).__name__}: {error}".splitlines()[0][:200], None
+
+
+def start_jax(system: System, stack: Stack, arguments: Any, entry: Entry) -> None:
+    entry.row["package"] = f"{system.package} {version(system.package)}"
+    entry.row["gradient_error"] = gradient_error(system, stack)
+    begin = time.perf_counter()
+    compiled = jax.jit(functools.partial(loss_and_gradients, system.build(stack))).lower(*arguments).compile()
+    sizes: Any = compiled.memory_analysis()
+    entry.row["compile_seconds"] = time.perf_counter() - begin
+    entry.row["temp_bytes"] = sizes.temp_size_in_bytes
+    entry.row["compiled_peak_bytes"] = (
+        sizes.temp_size_in_bytes + sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    )
+    entry.step = lambda: jax.block_until_ready(compiled(*arguments))
+
+
+def start_torch(stack: Stack, arguments: Any, blocks_per_ckpt: int | None, is_compiled: bool, entry: Entry) -> None:
+    entry.row["package"] = f"torch {version('torch')}"
+    from _torch_stack import TorchStep
+
+    kind = type(stack.block).__name__
+    tiny = small(kind)
+    per_chunk = blocks_per_ckpt and min(blocks_per_ckpt, tiny.chunk)
+    on_tiny = TorchStep(tiny, values_of(tiny), per_chunk, is_compiled=False)
+    entry.row["gradient_error"] = checked_error(on_tiny.as_flax(on_tiny()), plain_loop(kind))
+    step = TorchStep(stack, arguments, blocks_per_ckpt, is_compiled)
+    begin = time.perf_counter()
+    step()
+    entry.row["compile_seconds"] = time.perf_counter() - begin
+    entry.row["runtime_peak_bytes"] = step.peak_bytes()
+    entry.step = step
+
+
+def warm_up(entry: Entry) -> None:
+    assert entry.step is not None
+    entry.step()
+    if "compiled_peak_bytes" in entry.row:
+        stats = jax.devices()[0].memory_stats() or {}
+        entry.row["runtime_peak_bytes"] = stats.get("peak_bytes_in_use")
+
+
+def timed(step: Callable[[], Any] | None) -> float:
+    assert step is not None
+    begin = time.perf_counter()
+    step()
+    return time.perf_counter() - begin
+
+
+def finished(entry: Entry, reference: list[float]) -> dict[str, Any]:
+    row = {"system": entry.system, "setting": entry.setting, **entry.row}
+    if "error" in row:
+        return row
+    ratios = [mine / other for mine, other in zip(entry.seconds, reference, strict=True)]
+    return {**row, "seconds": statistics.median(entry.seconds), "ratio": statistics.median(ratios), "ratios": ratios}
+
+
+# --- tables -------------------------------------------------------------------------------------------------------------
+
+
+def section(races: list[dict[str, Any]]) -> str:
+    on_gpu = any("driver" in race for race in races)
+    said = "" if on_gpu else " **No run on a GPU has been made yet.**"
+    return "\n\n".join([INTRODUCTION + said, *map(table, sorted(races, key=key))])
+
+
+INTRODUCTION = """## Seconds of one training step, by system
+
+`time_vs_peers.py`: one step of each system per round, in turns; ratio: the median over rounds of a system's seconds to those
+of `checkpoint_scan` with per-block remat in the same round, and in brackets the smallest and the largest. Torch's blocks are
+those of `torch_ref`, with the same parameters. Runtime peak: of JAX's allocator, and `torch.cuda.max_memory_allocated`; CPUs
+count none."""
+
+
+def table(race: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in race["versions"].items() if number != "not installed")
+    driver = f", driver {race['driver']}" if "driver" in race else ""
+    lines = [f"### {race['title']}; run on {race['device']} ({race['machine']}{driver})", "", versions, ""]
+    lines += ["| system | setting | seconds | ratio | temp GiB | runtime peak GiB |", "|---|---|--:|--:|--:|--:|"]
+    rows = sorted(race["rows"], key=lambda row: row.get("ratio", float("inf")))
+    return "\n".join(lines + ["| " + " | ".join([row["system"], row["setting"], *cells(row)]) + " |" for row in rows])
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    if "error" in row:
+        return [row["error"].replace("|", "/"), "", "", ""]
+    ratio = f"{row['ratio']:.2f} ({min(row['ratios']):.2f}-{max(row['ratios']):.2f})"
+    sizes = [f"{size / GIB:.2f}" if (size := row.get(field)) else "" for field in ("temp_bytes", "runtime_peak_bytes")]
+    return [f"{row['seconds']:.3g}", ratio, *sizes]
+
+
+if __name__ == "__main__":
+    main()
