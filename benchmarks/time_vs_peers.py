@@ -9,7 +9,7 @@ same round. Each must first reproduce loss and gradients of a plain loop over a 
     PYTHONPATH=. python benchmarks/time_vs_peers.py
     PYTHONPATH=. python benchmarks/time_vs_peers.py --workloads transformer-2048 --systems jaxckpt torch    # on a GPU
 
-After `--minutes` no further system is compiled, and the rounds begin; what was left out says so.
+Two thirds of `--minutes` are for compiling, the rest for rounds; what was left out says so.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def main() -> None:
     for i, name in enumerate(options.workloads):
         share = (end - time.monotonic()) / (len(options.workloads) - i)
         race = {"workload": name, "title": workloads()[name].title, **where}
-        race["rows"] = run_race(name, options.systems, time.monotonic() + share, options.rounds)
+        race["rows"] = run_race(name, options.systems, share, options.rounds)
         races = [other for other in races if key(other) != key(race)] + [race]
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"races": sorted(races, key=key)}, indent=1) + "\n")
@@ -84,8 +84,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", nargs="+", choices=workloads(), default=default, metavar="WORKLOAD")
     parser.add_argument("--systems", nargs="+", help="only those whose name or setting contains one of these")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--minutes", type=float, default=6, help="compile nothing after them")
+    parser.add_argument("--rounds", type=int, default=30, help="at most")
+    parser.add_argument("--minutes", type=float, default=8, help="for all workloads; at least five rounds each are run")
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args()
 
@@ -97,8 +97,9 @@ def key(race: dict[str, Any]) -> tuple[str, ...]:
 # --- a race -------------------------------------------------------------------------------------------------------------
 
 
-def run_race(name: str, wanted: list[str] | None, end: float, rounds: int) -> list[dict[str, Any]]:
-    """Compiles the systems until `end` and runs them in turns; a row for each, the reference first to be compiled."""
+def run_race(name: str, wanted: list[str] | None, seconds: float, rounds: int) -> list[dict[str, Any]]:
+    """Compiles the systems, the reference first, and runs them in turns; a row for each."""
+    begin = time.monotonic()
     stack = workloads()[name]
     arguments = jax.block_until_ready(values_of(stack))
     field = [Entry(s.name, s.setting, row={"package": s.package}) for s in systems(stack) if not s.is_slow]
@@ -115,7 +116,7 @@ def run_race(name: str, wanted: list[str] | None, end: float, rounds: int) -> li
     field.sort(key=lambda e: (e.system, e.setting) != REFERENCE)
     for entry in (bar := tqdm(field, unit="system", dynamic_ncols=True)):
         bar.set_description(f"{name}: {entry.system}, {entry.setting}")
-        if time.monotonic() > end:
+        if time.monotonic() > begin + seconds * 2 / 3:
             entry.row["error"] = "not compiled: out of time"
             continue
         attempt(entry, lambda entry=entry: makers[entry.system, entry.setting](entry))
@@ -123,6 +124,8 @@ def run_race(name: str, wanted: list[str] | None, end: float, rounds: int) -> li
     for entry in sorted((e for e in field if e.step), key=lambda e: e.row.get("compiled_peak_bytes", 0)):
         attempt(entry, lambda entry=entry: warm_up(entry))
     for i in tqdm(range(rounds), unit="round", desc=name, dynamic_ncols=True):
+        if i >= 5 and time.monotonic() > begin + seconds:
+            break
         running = [entry for entry in field if entry.step]
         for entry in running[i % len(running) :] + running[: i % len(running)]:
             attempt(entry, lambda entry=entry: entry.seconds.append(timed(entry.step)))
