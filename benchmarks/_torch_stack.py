@@ -29,7 +29,9 @@ class TorchStep:
     def __init__(self, stack: Stack, arguments: Any, blocks_per_ckpt: int | None, is_compiled: bool):
         params, carry, shared = arguments
         kind = type(stack.block).__name__
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError(f"torch {torch.__version__} cannot use the GPU that JAX uses")
         self.like = {"params": params}
         self.blocks_per_ckpt = blocks_per_ckpt
         sizes = {name: getattr(stack.block, name) for name in SIZES[kind]}
@@ -61,12 +63,21 @@ class TorchStep:
         return loss.cpu().numpy(), tree["params"]
 
     def peak_bytes(self) -> int | None:
-        """The most memory that torch has allocated in one call; None without a GPU."""
+        """The most memory that torch has allocated in one call, with this stack's parameters; None without a GPU."""
         if self.device != "cuda":
             return None
         torch.cuda.reset_peak_memory_stats()
+        others = torch.cuda.memory_allocated() - sum(t.nbytes for t in self._tensors())
         self()
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated() - others
+
+    def release(self) -> None:
+        """Gives what torch has cached back, so that JAX finds memory."""
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+
+    def _tensors(self) -> list[Tensor]:
+        return [*self.module.parameters(), *self.module.buffers(), *self.carry, *self.shared.values()]
 
     def _tensor(self, array: Any) -> Tensor:
         return to_torch(jax.device_get(array)).to(self.device)

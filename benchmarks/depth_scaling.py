@@ -33,19 +33,21 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     path = options.out / "depth_scaling.json"
     where = {"target": options.target, "compiled_for": targets.get(options.target).devices[0].device_kind}
-    run = {**environment(), **where, "rows": []}
+    new = {**environment(), **where}
     runs = json.loads(path.read_text())["runs"] if path.exists() else []
+    old = next((run["rows"] for run in runs if key(run) == key(new)), [])
+    run = {**new, "rows": [row for row in old if row["stack"] not in options.stacks]}
     runs = [other for other in runs if key(other) != key(run)] + [run]
     end = time.monotonic() + 60 * options.minutes
     jobs = [(name, depth) for name in options.stacks for depth in options.depths]
-    plan = [
+    jobs_in_order = [
         (*job, system)
         for is_slow in (False, True)
         for job in jobs
         for system in systems(job[1])
         if system.is_slow == is_slow
     ]
-    for name, depth, system in (bar := tqdm(plan, unit="row", dynamic_ncols=True)):
+    for name, depth, system in (bar := tqdm(jobs_in_order, unit="row", dynamic_ncols=True)):
         bar.set_description(f"{depth} {name} blocks: {system.name}, {system.setting}")
         row = {"stack": name, "blocks": depth, "system": system.name, "setting": system.setting}
         stack = dataclasses.replace(STACKS[name], length=depth, chunk=chunk_near_sqrt(depth))

@@ -30,7 +30,7 @@ from _results import RESULTS, write_section
 from _systems import Stack, System, gradient_error, loss_and_gradients, run_quickly, systems, version, workloads
 from tqdm import tqdm
 
-from jaxckpt import measure, targets
+from jaxckpt import measure
 
 FULL = ["pairformer-384", "pairformer-512", "pairformer-768", "transformer-2048"]
 GIB = 2**30
@@ -101,7 +101,12 @@ def is_missing(row: dict[str, Any] | None) -> bool:
 
 def measured(name: str, target: str, system: System, checks: Iterable[dict[str, Any]]) -> dict[str, Any]:
     stack = workloads()[name]
-    row = {**identity(name, target, system), "title": stack.title, "block": type(stack.block).__name__}
+    row = {
+        **identity(name, target, system),
+        "title": stack.title,
+        "block": type(stack.block).__name__,
+        "length": stack.length,
+    }
     try:
         row["package"] = f"{system.package} {version(system.package)}"
         row |= checked(row, system, stack, checks)
@@ -117,7 +122,7 @@ def measured(name: str, target: str, system: System, checks: Iterable[dict[str, 
 
 def checked(row: dict[str, Any], system: System, stack: Stack, checks: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """The gradients' error and the counted runs, from a row of the same system and block if there is one."""
-    same = ("block", "system", "setting", "jax", "package")
+    same = ("block", "length", "system", "setting", "jax", "package")
     for other in checks:
         if "forward_runs" in other and all(row[field] == other[field] for field in same):
             return {field: other[field] for field in ("gradient_error", "forward_runs")}
@@ -184,7 +189,7 @@ def tables(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def table(title: str, target: str, jax_version: str, rows: list[dict[str, Any]]) -> str:
-    device = targets.get(target).devices[0].device_kind
+    device = next((row["device"] for row in rows if "device" in row), target)
     lines = [f"### {title}; compiled for {device} with JAX {jax_version}", ""]
     lines += ["| system | setting | peak GiB | temp GiB | forward runs | compile s |", "|---|---|--:|--:|--:|--:|"]
     ordered = sorted(rows, key=lambda row: (row.get("peak_bytes", float("inf")), row["system"], row["setting"]))

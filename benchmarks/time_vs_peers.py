@@ -7,8 +7,9 @@ same round. Each must first reproduce loss and gradients of a plain loop over a 
 `checkpoint_blocks` (`torch_ref`) runs the same blocks with the same parameters on the same device, eager and compiled.
 
     PYTHONPATH=. python benchmarks/time_vs_peers.py
-    PYTHONPATH=. python benchmarks/time_vs_peers.py --workloads transformer-2048 --systems jaxckpt torch    # on a GPU
+    PYTHONPATH=. python benchmarks/time_vs_peers.py --workload pairformer-384 --systems jaxckpt torch    # on a GPU
 
+JAX's allocator never gives memory back: where torch runs too, systems whose peak is over 45% of the GPU are left out.
 Two thirds of `--minutes` are for compiling, the rest for rounds; what was left out says so.
 """
 
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave torch its share of the GPU
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 
 import jax
 from _results import RESULTS, environment, write_section
@@ -51,10 +53,11 @@ GIB = 2**30
 
 @dataclasses.dataclass
 class Entry:
-    """A system in the race: `step` runs one training step to its end."""
+    """A system in the race: `start` compiles it, `step` runs one training step to its end."""
 
     system: str
     setting: str
+    start: Callable[["Entry"], None]
     step: Callable[[], Any] | None = None
     row: dict[str, Any] = dataclasses.field(default_factory=dict)
     seconds: list[float] = dataclasses.field(default_factory=list)
@@ -64,28 +67,23 @@ def main() -> None:
     options = parse()
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     path = options.out / "time_vs_peers.json"
-    where = environment(*PACKAGES)
+    race = {"workload": options.workload, "title": workloads()[options.workload].title, **environment(*PACKAGES)}
+    race["rows"] = run_race(options.workload, options.systems, 60 * options.minutes, options.rounds)
     races = json.loads(path.read_text())["races"] if path.exists() else []
-    end = time.monotonic() + 60 * options.minutes
-    for i, name in enumerate(options.workloads):
-        share = (end - time.monotonic()) / (len(options.workloads) - i)
-        race = {"workload": name, "title": workloads()[name].title, **where}
-        race["rows"] = run_race(name, options.systems, share, options.rounds)
-        races = [other for other in races if key(other) != key(race)] + [race]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"races": sorted(races, key=key)}, indent=1) + "\n")
-        print(table(race))
+    races = [other for other in races if key(other) != key(race)] + [race]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"races": sorted(races, key=key)}, indent=1) + "\n")
     write_section("time_vs_peers", section(races), options.out.parent / "README.md")
+    print(table(race))
 
 
 def parse() -> argparse.Namespace:
-    on_gpu = jax.default_backend() == "gpu"
-    default = ["transformer-2048", "pairformer-384"] if on_gpu else ["transformer-small", "pairformer-small"]
+    default = "transformer-2048" if jax.default_backend() == "gpu" else "transformer-small"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workloads", nargs="+", choices=workloads(), default=default, metavar="WORKLOAD")
+    parser.add_argument("--workload", choices=workloads(), default=default)
     parser.add_argument("--systems", nargs="+", help="only those whose name or setting contains one of these")
     parser.add_argument("--rounds", type=int, default=30, help="at most")
-    parser.add_argument("--minutes", type=float, default=8, help="for all workloads; at least five rounds each are run")
+    parser.add_argument("--minutes", type=float, default=8, help="at least five rounds are run")
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args()
 
@@ -98,46 +96,64 @@ def key(race: dict[str, Any]) -> tuple[str, ...]:
 
 
 def run_race(name: str, wanted: list[str] | None, seconds: float, rounds: int) -> list[dict[str, Any]]:
-    """Compiles the systems, the reference first, and runs them in turns; a row for each."""
+    """Compiles the systems, the reference and torch first, and runs them in turns; a row for each."""
     begin = time.monotonic()
     stack = workloads()[name]
     arguments = jax.block_until_ready(values_of(stack))
-    field = [Entry(s.name, s.setting, row={"package": s.package}) for s in systems(stack) if not s.is_slow]
-    makers = {(s.name, s.setting): functools.partial(start_jax, s, stack, arguments) for s in systems(stack)}
-    for blocks_per_ckpt in (None, 1, stack.chunk):
-        for is_compiled in (False, True):
-            setting = f"blocks_per_ckpt={blocks_per_ckpt}{', torch.compile' * is_compiled}"
-            field.append(Entry("torch checkpoint_blocks", setting, row={"package": "torch"}))
-            makers[field[-1].system, setting] = functools.partial(
-                start_torch, stack, arguments, blocks_per_ckpt, is_compiled
-            )
-    asked = lambda e: any(part in f"{e.system} {e.setting}" for part in wanted or [""])  # noqa: E731
-    field = [e for e in field if asked(e) or (e.system, e.setting) == REFERENCE]
-    field.sort(key=lambda e: (e.system, e.setting) != REFERENCE)
+    field = entries(stack, arguments, wanted)
     for entry in (bar := tqdm(field, unit="system", dynamic_ncols=True)):
         bar.set_description(f"{name}: {entry.system}, {entry.setting}")
-        if time.monotonic() > begin + seconds * 2 / 3:
+        if entry is not field[0] and time.monotonic() > begin + seconds * 2 / 3:
             entry.row["error"] = "not compiled: out of time"
-            continue
-        attempt(entry, lambda entry=entry: makers[entry.system, entry.setting](entry))
-    # The runtime counts its peak up to now, so the systems that need less run first.
+        else:
+            attempt(entry, lambda entry=entry: entry.start(entry))
+    leave_out_the_large([e for e in field if e.step])
+    # The allocator counts its peak from the start of the process, so what needs less runs first: a peak that has not
+    # risen is another's.
     for entry in sorted((e for e in field if e.step), key=lambda e: e.row.get("compiled_peak_bytes", 0)):
         attempt(entry, lambda entry=entry: warm_up(entry))
     for i in tqdm(range(rounds), unit="round", desc=name, dynamic_ncols=True):
-        if i >= 5 and time.monotonic() > begin + seconds:
-            break
         running = [entry for entry in field if entry.step]
+        if not field[0].step or (i >= 5 and time.monotonic() > begin + seconds):
+            break
         for entry in running[i % len(running) :] + running[: i % len(running)]:
-            attempt(entry, lambda entry=entry: entry.seconds.append(timed(entry.step)))
-    reference = field[0].seconds
-    return [finished(entry, reference) for entry in field]
+            attempt(entry, lambda entry=entry: entry.seconds.append(timed(entry)))
+    return [finished(entry, field[0]) for entry in field]
+
+
+def entries(stack: Stack, arguments: Any, wanted: list[str] | None) -> list[Entry]:
+    """The reference, torch, and all other systems that are wanted."""
+    found = [
+        Entry(system.name, system.setting, functools.partial(start_jax, system, stack, arguments))
+        for system in systems(stack)
+        if not system.is_slow
+    ]
+    for per_chunk in (None, 1, stack.chunk):
+        for is_compiled in (False, True):
+            setting = f"blocks_per_ckpt={per_chunk}{', torch.compile' * is_compiled}"
+            start = functools.partial(start_torch, stack, arguments, per_chunk, is_compiled)
+            found.append(Entry("torch checkpoint_blocks", setting, start))
+    is_reference = lambda e: (e.system, e.setting) == REFERENCE  # noqa: E731
+    is_wanted = lambda e: any(part in f"{e.system} {e.setting}" for part in wanted or [""])  # noqa: E731
+    found = [entry for entry in found if is_wanted(entry) or is_reference(entry)]
+    return sorted(found, key=lambda e: (not is_reference(e), not e.system.startswith("torch")))
+
+
+def leave_out_the_large(field: list[Entry]) -> None:
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    if limit is None:
+        return
+    limit *= 0.45 if any(entry.system.startswith("torch") for entry in field) else 0.95
+    for entry in field:
+        if (size := entry.row.get("compiled_peak_bytes", 0)) > limit:
+            entry.row["error"], entry.step = f"not run: needs {size / GIB:.0f} GiB, more than its share", None
 
 
 def attempt(entry: Entry, action: Callable[[], Any]) -> None:
     """Runs `action`; where it fails the entry leaves the race, with the reason."""
     try:
         action()
-    except (importlib.metadata.PackageNotFoundError, ImportError):
+    except importlib.metadata.PackageNotFoundError:
         entry.row["error"], entry.step = "not installed", None
     except Exception as error:
         entry.row["error"], entry.step = f"{type(error).__name__}: {error}".splitlines()[0][:200], None
@@ -176,24 +192,29 @@ def start_torch(stack: Stack, arguments: Any, blocks_per_ckpt: int | None, is_co
 
 def warm_up(entry: Entry) -> None:
     assert entry.step is not None
-    entry.step()
-    if "compiled_peak_bytes" in entry.row:
-        stats = jax.devices()[0].memory_stats() or {}
-        entry.row["runtime_peak_bytes"] = stats.get("peak_bytes_in_use")
+    device = jax.devices()[0]
+    before = (device.memory_stats() or {}).get("peak_bytes_in_use")
+    timed(entry)
+    after = (device.memory_stats() or {}).get("peak_bytes_in_use")
+    if "compiled_peak_bytes" in entry.row and before is not None and after > before:
+        entry.row["runtime_peak_bytes"] = after
 
 
-def timed(step: Callable[[], Any] | None) -> float:
-    assert step is not None
+def timed(entry: Entry) -> float:
+    assert entry.step is not None
     begin = time.perf_counter()
-    step()
-    return time.perf_counter() - begin
+    entry.step()
+    seconds = time.perf_counter() - begin
+    if hasattr(entry.step, "release"):
+        entry.step.release()  # pyright: ignore[reportFunctionMemberAccess]
+    return seconds
 
 
-def finished(entry: Entry, reference: list[float]) -> dict[str, Any]:
+def finished(entry: Entry, reference: Entry) -> dict[str, Any]:
     row = {"system": entry.system, "setting": entry.setting, **entry.row}
-    if "error" in row:
-        return row
-    ratios = [mine / other for mine, other in zip(entry.seconds, reference, strict=True)]
+    if "error" in row or "error" in reference.row or not entry.seconds:
+        return {"error": "no ratio: the reference failed", **row}
+    ratios = [mine / other for mine, other in zip(entry.seconds, reference.seconds, strict=True)]
     return {**row, "seconds": statistics.median(entry.seconds), "ratio": statistics.median(ratios), "ratios": ratios}
 
 

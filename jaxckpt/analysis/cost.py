@@ -78,7 +78,9 @@ def cost(eqn: Any, gpu: Any) -> Cost:
     if name in _OTHERS:
         return Cost(moved)
     if name in ("dot_general", "conv_general_dilated"):
-        return Cost(max(matmul_operations(eqn) / rate(gpu, eqn.invars[0].aval.dtype), moved))
+        dtype = eqn.invars[0].aval.dtype
+        is_known = dtype.name in {*gpu.matmul_rate, *gpu.vector_rate}
+        return Cost(max(matmul_operations(eqn) / rate(gpu, dtype), moved), is_guess=not is_known)
     inner = [_total(jaxpr, gpu) for jaxpr in inner_jaxprs(eqn)]
     if name == "scan":
         return Cost(eqn.params["length"] * inner[0].seconds, inner[0].is_guess)

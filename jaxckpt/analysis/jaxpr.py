@@ -19,7 +19,8 @@ from jaxckpt._leaves import replaced
 
 # Calls that return what their inner jaxpr returns, so that an output can be followed to an input. custom_jvp and
 # custom_vjp are not among them: an identity with a gradient of its own is not a pass-through.
-_TRANSPARENT = ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint")
+_CALLS = ("jit", "pjit", "closed_call", "core_call")
+_CHECKPOINTS = ("remat2", "checkpoint")
 
 # ErrorEffect: `checkify.check`, a value once `checkify` has transformed the program; JAX refuses it where nothing does.
 _HARMLESS = ("NamedAxisEffect", "DebugEffect", "OrderedDebugEffect", "ErrorEffect")
@@ -58,6 +59,46 @@ def as_numbered_function(closed: Any) -> Callable[..., list[Any]]:
     return run
 
 
+def inlined(closed: Any) -> Any:
+    """The same jaxpr with nested jit taken apart, so that it is a flat list of what is computed.
+
+    What has a derivative of its own (`custom_jvp`, `custom_vjp`), checkpoints and loops stay whole. Equations keep their
+    source and name scope.
+    """
+    constants = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+    eqns: list[Any] = []
+    renamed: dict[Any, Any] = {}
+
+    def now(var: Any) -> Any:
+        return var if isinstance(var, core.Literal) else renamed.get(var, var)
+
+    def copy(jaxpr: Any, call: Any = None, of_library: bool = False) -> None:
+        for eqn in jaxpr.eqns:
+            source = eqn.source_info
+            if call is not None:
+                source = source.replace(name_stack=call.name_stack + source.name_stack)
+            if call is not None and of_library:  # traced once for all who call it: its own frames may be another caller's
+                source = source.replace(traceback=call.traceback)
+            inner = None if is_checkpoint(eqn) else _transparent_closed(eqn)
+            if inner is None:
+                # One jaxpr may be called twice: its variables are new in each call.
+                out = [var if _is_dropped(var) or call is None else core.Var(var.aval) for var in eqn.outvars]
+                eqns.append(eqn.replace(invars=list(map(now, eqn.invars)), outvars=out, source_info=source))
+                renamed.update(zip(eqn.outvars, out, strict=True))
+                continue
+            for var, value in zip(inner.jaxpr.constvars, inner.consts, strict=True):
+                renamed[var] = core.Var(var.aval)
+                constants[renamed[var]] = value
+            renamed.update(zip(inner.jaxpr.invars, list(map(now, eqn.invars)), strict=True))
+            copy(inner.jaxpr, source, of_library or _is_of_library(inner.jaxpr))
+            renamed.update(zip(eqn.outvars, list(map(now, inner.jaxpr.outvars)), strict=True))
+
+    copy(closed.jaxpr)
+    outvars = list(map(now, closed.jaxpr.outvars))
+    jaxpr = closed.jaxpr.replace(constvars=list(constants), outvars=outvars, eqns=eqns)
+    return core.ClosedJaxpr(jaxpr, list(constants.values()))
+
+
 _NUMBER = "jaxckpt_equation_"
 
 
@@ -79,13 +120,19 @@ _IN_LIBRARIES = re.compile(
 )
 
 
+def _is_of_library(jaxpr: Any) -> bool:
+    """Whether a jaxpr is of a function of JAX or Flax, such as `jnp.where`."""
+    return bool(_IN_LIBRARIES.search(str(jaxpr.debug_info.func_src_info)))
+
+
 class Origin(NamedTuple):
     """Where a value of a program that runs a numbered jaxpr in loops comes from.
 
     Fields:
         stacked: whether it is an output that `lax.scan` stacks, one slice per block.
         number: the equation of the numbered jaxpr that computes it; None for an input, or for what is not of the block.
-        op: the primitive that computes it, in a call of that equation where it is one; "" for inputs.
+        op: the primitive that computes it, inside that equation where it is a call or a loop; "" for inputs.
+        source: the file and line of that operation, where there is one.
         input: for an input of the loop's body, "carry" or "x", and which of them; for one of the program, "program"; for
             what depends on no input at all, such as zeros, "constant".
     """
@@ -93,6 +140,7 @@ class Origin(NamedTuple):
     stacked: bool
     number: int | None = None
     op: str = ""
+    source: tuple[str, int] | None = None
     input: tuple[str, int] | None = None
 
 
@@ -109,7 +157,9 @@ def origin(jaxpr: Any, var: Any, stacked: bool = False) -> Origin:
         return Origin(stacked)
     k = eqn.outvars.index(var)
     if (number := number_of(eqn)) is not None:
-        return Origin(stacked, number, _innermost_op(eqn, k))
+        inner = _innermost(eqn, k)
+        is_of_user = eqn.primitive.name in _CONTROL_FLOW
+        return Origin(stacked, number, inner.primitive.name, source_of(inner if is_of_user else eqn))
     name = eqn.primitive.name
     if name == "scan":
         body = eqn.params["jaxpr"].jaxpr
@@ -146,14 +196,19 @@ def _constants_and_carried(eqn: Any, body: Any) -> tuple[int, int]:
     return len(body.invars) - carried - sliced, carried
 
 
-def _innermost_op(eqn: Any, k: int) -> str:
-    """The primitive that computes the `k`-th output of an equation, in the calls that it may be."""
+def _innermost(eqn: Any, k: int) -> Any:
+    """The equation that computes the `k`-th output of an equation, inside the calls, loops and branches that it may be."""
+    looked_into = eqn.primitive.name in _CONTROL_FLOW or eqn.primitive.name.startswith(("custom_jvp", "custom_vjp"))
     inner = _transparent(eqn)
-    if inner is not None:
-        found = next((e for e in inner.eqns if inner.outvars[k] in e.outvars), None)
-        if found is not None:
-            return _innermost_op(found, found.outvars.index(inner.outvars[k]))
-    return eqn.primitive.name
+    if inner is None and looked_into:
+        inner = next(iter(inner_jaxprs(eqn)), None)
+    if inner is None or len(inner.outvars) != len(eqn.outvars):
+        return eqn
+    found = next((e for e in inner.eqns if inner.outvars[k] in e.outvars), None)
+    return eqn if found is None else _innermost(found, found.outvars.index(inner.outvars[k]))
+
+
+_CONTROL_FLOW = ("scan", "cond")
 
 
 def aliases(jaxpr: Any) -> dict[int, int]:
@@ -252,17 +307,40 @@ def forwarded(jaxpr: Any) -> list[int | None]:
 
 
 def _transparent(eqn: Any) -> Any:
-    hi = eqn.params.get("_prim")
-    if eqn.primitive.name not in _TRANSPARENT and type(hi).__name__ != "RematTraced":
+    closed = _transparent_closed(eqn)
+    return None if closed is None else closed.jaxpr
+
+
+def _transparent_closed(eqn: Any) -> Any:
+    if eqn.primitive.name not in _CALLS and not is_checkpoint(eqn):
         return None
-    (inner,) = inner_jaxprs(eqn)
-    return inner if len(inner.invars) == len(eqn.invars) else None
+    (inner,) = _inner(eqn)
+    closed = inner if hasattr(inner, "jaxpr") else core.ClosedJaxpr(inner, [])
+    return closed if len(closed.jaxpr.invars) == len(eqn.invars) else None
+
+
+def is_checkpoint(eqn: Any) -> bool:
+    """Whether an equation is a `jax.checkpoint`."""
+    return eqn.primitive.name in _CHECKPOINTS or type(eqn.params.get("_prim")).__name__ == "RematTraced"
+
+
+def is_batched(value: Any) -> bool:
+    """Whether a traced value is one of many under `vmap`, whose axis its type does not show."""
+    return type(value).__name__ == "BatchTracer"
 
 
 def inner_jaxprs(eqn: Any) -> list[Any]:
     """The jaxprs among an equation's parameters: what it calls, a loop's body, branches."""
+    return [getattr(inner, "jaxpr", inner) for inner in _inner(eqn)]
+
+
+def _inner(eqn: Any) -> list[Any]:
     params = eqn.params["_prim"].params if "_prim" in eqn.params else eqn.params
-    return [getattr(inner, "jaxpr", inner) for inner in core.jaxprs_in_params(params)]
+    return list(core.jaxprs_in_params(params))
+
+
+def _is_dropped(var: Any) -> bool:
+    return type(var).__name__ == "DropVar"
 
 
 def _callback_name(callback: Any) -> str:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from jaxckpt import checkpoint_scan
 from jaxckpt.models import EvoformerBlock, PairformerBlock, TransformerBlock
@@ -54,8 +55,8 @@ def add_stack_options(parser: argparse.ArgumentParser) -> None:
         "with (of a Linen stack the variables first), and, if it takes any, a dict of keyword arguments; "
         "jax.ShapeDtypeStructs do for arrays",
     )
-    parser.add_argument("--blocks", type=int, default=48, help="of --model (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=384, help="of --model (default: %(default)s)")
+    parser.add_argument("--blocks", type=_positive, default=48, help="of --model (default: %(default)s)")
+    parser.add_argument("--tokens", type=_positive, default=384, help="of --model (default: %(default)s)")
 
 
 def chosen_stack(options: argparse.Namespace, **knobs: Any) -> Call:
@@ -93,4 +94,23 @@ def _of_user(where: str, knobs: dict[str, Any]) -> Call:
             f"{where} must return (stack, args), args a tuple of what the stack is called with, or (stack, args, "
             f"keywords); got {made!r:.200}"
         )
-    return Call(made[0], made[1], made[2] if len(made) == 3 else {})
+    return _as_shapes(Call(made[0], made[1], made[2] if len(made) == 3 else {}))
+
+
+def _as_shapes(call: Call) -> Call:
+    """The same without the arrays, of which one set per setting might not fit."""
+
+    def shape_of(leaf: Any) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) if isinstance(leaf, jax.Array) else leaf
+
+    stack = call.stack
+    if isinstance(stack, nnx.Module):
+        graph, state = nnx.split(stack)
+        stack = nnx.merge(graph, jax.tree.map(shape_of, state))
+    return Call(stack, *jax.tree.map(shape_of, (call.args, call.keywords)))
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")
+    return int(text)

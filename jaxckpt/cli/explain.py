@@ -25,6 +25,10 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     try:
+        if options.html is not None and not options.html.parent.is_dir():
+            raise ValueError(f"--html {options.html}: there is no folder {options.html.parent}")
+        if options.target is not None and targets.get(options.target).gpu is None:
+            raise ValueError(f"--target {options.target}: its rates are not known; times are shown for GPUs by name or file")
         call = chosen_stack(options, blocks_per_ckpt=options.blocks_per_ckpt, policy=options.policy)
         found = explain_stack(call.stack, *call.args, target=options.target, **call.keywords)
     except (ValueError, TypeError, OSError) as error:

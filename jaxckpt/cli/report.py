@@ -100,7 +100,7 @@ def run(options: argparse.Namespace) -> int:
         print("\n\n".join([title, *tables(rows), EXPLAINED.format(rates=rates.name)]))
     if options.plot is not None:
         draw(options.plot, title, rows)
-    return 130 if interrupted else 0
+    return 130 if interrupted else int(all(row.error for row in rows))
 
 
 def measured(row: Row, call: Call, target: targets.Target) -> Row:
@@ -205,4 +205,8 @@ def _point(row: Row) -> Point | None:
 
 
 def _chunk(text: str) -> int | None:
-    return None if text.lower() == "none" else int(text)
+    if text.lower() == "none":
+        return None
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of blocks, nor 'none'")
+    return int(text)

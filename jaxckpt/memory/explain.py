@@ -72,6 +72,7 @@ class Explanation:
         target: whose rates the seconds are for.
         forward_seconds, rerun_seconds: the time model's cost of one block's forward pass, and of what of it is run again to
             get at the values that are wanted and not kept. (Chunks are run once more before that, to get at their inputs.)
+            Loops and calls with a derivative of their own, and the block's own checkpoints, count as a whole.
     """
 
     block: str
@@ -199,6 +200,7 @@ def explain(
     True
     """
     run = _the_run(stack, args, keywords)
+    run = replace(run, closed=jx.inlined(run.closed))
     where = None if target is None else targets.get(target)
     gpu = None if where is None else where.gpu
     costs = None if gpu is None else [cost(eqn, gpu) for eqn in run.closed.jaxpr.eqns]
@@ -232,7 +234,10 @@ def _seconds(run: Run, kept: list[_Residual], wanted: list[_Residual], costs: li
         return {}
     eqns = run.closed.jaxpr.eqns
     computed_by = {var: i for i, eqn in enumerate(eqns) for var in eqn.outvars}
-    have = {r.origin.number for r in kept}
+    # Of a loop or a call that keeps some of its values, all is run again for the others.
+    partly = {r.origin.number for r in _without(wanted, kept) if r.origin.number is not None}
+    partly = {i for i in partly if jx.inner_jaxprs(eqns[i])}
+    have = {r.origin.number for r in kept} - partly
     again: set[int] = set()
     left = [r.origin.number for r in wanted]
     while left:
@@ -241,7 +246,21 @@ def _seconds(run: Run, kept: list[_Residual], wanted: list[_Residual], costs: li
             continue
         again.add(i)
         left.extend(computed_by.get(v) for v in eqns[i].invars if not isinstance(v, Literal))
-    return {"forward_seconds": sum(c.seconds for c in costs), "rerun_seconds": sum(costs[i].seconds for i in again)}
+    # The block's own checkpoints are run again when they are differentiated, whatever is kept around them.
+    own = sum(c.seconds for c, eqn in zip(costs, eqns, strict=True) if jx.is_checkpoint(eqn))
+    return {"forward_seconds": sum(c.seconds for c in costs), "rerun_seconds": own + sum(costs[i].seconds for i in again)}
+
+
+def _without(wanted: list[_Residual], kept: list[_Residual]) -> list[_Residual]:
+    """The residuals that are wanted and not kept."""
+    left = Counter(r.key for r in kept)
+    missing = []
+    for r in wanted:
+        if left[r.key]:
+            left[r.key] -= 1
+        else:
+            missing.append(r)
+    return missing
 
 
 def _the_run(stack: Any, args: tuple, keywords: dict[str, Any]) -> Run:
@@ -264,7 +283,8 @@ def _the_run(stack: Any, args: tuple, keywords: dict[str, Any]) -> Run:
     seen: list[Run] = []
     token = observed.set(seen)
     try:
-        jax.eval_shape(call, [leaves[i] for i in arrays])
+        with _untraced(object()):  # or what is jitted inside, and was traced before, would not run the stack again
+            jax.eval_shape(call, [leaves[i] for i in arrays])
     finally:
         observed.reset(token)
     if not seen:
@@ -273,7 +293,15 @@ def _the_run(stack: Any, args: tuple, keywords: dict[str, Any]) -> Run:
     if len(seen) > 1:
         found = ", ".join(f"{run.length} x {run.names.block}" for run in seen)
         raise ValueError(f"several stacks were run ({found}); explain one of them at a time, with what it is called with")
+    if any(jx.is_batched(leaf) for part in seen[0].leaves for leaf in part):
+        raise ValueError(
+            f"the stack of {seen[0].names.block} was run under vmap, where its bytes are those of one example; explain the "
+            "stack itself, called with the whole batch"
+        )
     return seen[0]
+
+
+_untraced = jax.make_user_context(None)
 
 
 def _residuals(run: Run) -> list[_Residual]:
@@ -322,7 +350,7 @@ def _rows(run: Run, kept: list[_Residual], wanted: list[_Residual], alive: int, 
             return Value(name=name, op="input", source="", **common)
         if number is None:
             return Value(name=op, op=op, source="", **common)
-        source = jx.source_of(block.eqns[number])
+        source = r.origin.source or jx.source_of(block.eqns[number])
         return Value(
             name=tags.get(number) or op,
             op=op,
@@ -332,14 +360,7 @@ def _rows(run: Run, kept: list[_Residual], wanted: list[_Residual], alive: int, 
             **common,
         )
 
-    left = Counter(r.key for r in kept)
-    again = []
-    for r in wanted:
-        if left[r.key]:
-            left[r.key] -= 1
-        else:
-            again.append(r)
-    fates = [(r, "offloaded" if r.is_host else "kept") for r in kept] + [(r, "re-run") for r in again]
+    fates = [(r, "offloaded" if r.is_host else "kept") for r in kept] + [(r, "re-run") for r in _without(wanted, kept)]
     fates.sort(key=lambda pair: -1 if pair[0].origin.number is None else pair[0].origin.number)
     chunks = []
     if run.setting.blocks_per_ckpt is not None:

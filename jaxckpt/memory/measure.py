@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh
 
 from jaxckpt._leaves import is_array
 from jaxckpt.engine.check import shape_of
@@ -91,14 +92,16 @@ def measure(
     """Compiles `fn(*args)` for a target and reads the sizes of its buffers; nothing is allocated on the target.
 
     Arguments:
-        fn: a function, jitted or not: a training step, say. Donated arguments count once.
+        fn: a function, jitted or not: a training step, say. What it was jitted to donate counts once (a function around
+            a jitted one donates nothing).
         args: arrays or `jax.ShapeDtypeStruct`s, sharded or not; only their shapes are used unless `time` is true. Anything
             else is passed on as it is, and is static where `fn` was jitted so.
         target: see `jaxckpt.targets.get`; by default where the arguments are, which is as a rule JAX's default device.
-        time: also runs the program, on a device that is present, until five calls and a second have passed.
+        time: also runs the program, on a device that is present and large enough, until five calls and a second have
+            passed.
 
     Returns:
-        The sizes. A program larger than the target is reported (`excess_bytes`), not raised.
+        The sizes. A program larger than the target is reported (`excess_bytes`), not raised, and not run.
 
     Raises:
         ValueError: the arguments lie on several devices that are no one target, or `time` for a GPU that is not there.
@@ -110,11 +113,11 @@ def measure(
     >>> found.argument_bytes, found.output_bytes
     (262144, 262144)
     """
-    where = targets.get("attached" if target is None else target)
+    where = _place_of(args) if target is None else targets.get(target)
     if time and not where.is_present:
         raise ValueError(f"time=True runs the program, and {where.name!r} is only described; take target='attached'")
-    if target is None:
-        _check_together(args)
+    if time and (missing := [leaf for leaf in jax.tree.leaves(args) if isinstance(leaf, jax.ShapeDtypeStruct)]):
+        raise ValueError(f"time=True runs the program and needs arrays; among the arguments is {missing[0]}")
     placed = args if target is None else where.place(args)
     jitted = fn if hasattr(fn, "lower") else jax.jit(fn)
     try:
@@ -129,12 +132,7 @@ def measure(
     sizes = compiled.memory_analysis()
     if sizes is None:
         raise ValueError(f"the compiler for {where.devices[0].device_kind} does not say what memory its programs need")
-    seconds = runtime_peak = None
-    if time:
-        there = jax.tree.map(lambda x, to: jax.device_put(x, to.sharding) if to is not x else x, args, placed)
-        donated = any(info.donated for info in jax.tree.leaves(lowered.args_info, is_leaf=lambda i: hasattr(i, "donated")))
-        seconds, runtime_peak = _run(jitted, there, donated, where)
-    return Measurement(
+    found = Measurement(
         target=where.name,
         device=where.devices[0].device_kind,
         temp_bytes=sizes.temp_size_in_bytes,
@@ -148,28 +146,38 @@ def measure(
         compile_seconds=compile_seconds,
         hlo_instructions=len(re.findall(r"^\s+(?:ROOT )?%?[\w.-]+ = ", compiled.as_text() or "", re.MULTILINE)),
         memory_bytes=where.memory_bytes,
-        seconds=seconds,
-        runtime_peak_bytes=runtime_peak,
     )
+    if not time or found.excess_bytes:
+        return found
+    there = jax.tree.map(lambda x, to: jax.device_put(x, to.sharding) if to is not x else x, args, placed)
+    is_info = lambda leaf: hasattr(leaf, "donated")  # noqa: E731
+    donated = any(info.donated for info in jax.tree.leaves(lowered.args_info, is_leaf=is_info))
+    seconds, runtime_peak = _run(jitted, there, donated, where)
+    return dataclasses.replace(found, seconds=seconds, runtime_peak_bytes=runtime_peak)
 
 
-def _check_together(args: Any) -> None:
-    """Refuses arrays that were put on different devices; those that nobody put anywhere go where the others are."""
+def _place_of(args: Any) -> Target:
+    """Where the arguments were put, or JAX's default device where nobody put them anywhere.
+
+    Refuses what was put on different devices; arrays that nobody put anywhere go where the others are.
+    """
     found: dict[frozenset[Any], str] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(args):
-        if isinstance(leaf, jax.Array) and leaf.committed:
+        is_put = leaf.committed if isinstance(leaf, jax.Array) else isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding
+        if is_put and not isinstance(getattr(leaf.sharding, "mesh", None), AbstractMesh):
             found.setdefault(frozenset(leaf.sharding.device_set), jax.tree_util.keystr(path))
+    if len(found) == 1:
+        return targets.of_devices(next(iter(found)))
     if len(found) > 1:
         places = "; ".join(f"args{path} on {sorted(map(str, devices))}" for devices, path in found.items())
         raise ValueError(
             f"the arguments lie on different devices: {places}. Put them on the same with jax.device_put, or name a target"
         )
+    return targets.get("attached")
 
 
 def _run(jitted: Any, args: Any, donated: bool, target: Target) -> tuple[float, int | None]:
-    """The median time of a call, and the runtime's peak; donated arguments are copied before each call."""
-    if missing := [leaf for leaf in jax.tree.leaves(args) if isinstance(leaf, jax.ShapeDtypeStruct)]:
-        raise ValueError(f"time=True runs the program and needs arrays; among the arguments is {missing[0]}")
+    """The median time of a call, and the runtime's peak; with donation all arguments are copied before each call."""
 
     def fresh() -> Any:
         return jax.block_until_ready(jax.tree.map(lambda x: jnp.copy(x) if is_array(x) else x, args)) if donated else args

@@ -11,7 +11,7 @@ import math
 import os
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib import resources
 from pathlib import Path
@@ -150,12 +150,13 @@ class Target:
                 f"the argument {path} lies in pinned host memory, which JAX cannot describe for a GPU that is not there: "
                 "its bytes would be counted as the device's. Leave it out of what is measured, or measure on an attached GPU"
             )
-        if given is None or len(given.device_set) == 1:
+        mesh = getattr(given, "mesh", None)
+        number = 1 if given is None else mesh.size if mesh is not None else len(given.device_set)
+        if number == 1:
             if self.count == 1:
                 return SingleDeviceSharding(self.devices[0], memory_kind=kind)
             return NamedSharding(self.mesh((self.count,), ("devices",)), PartitionSpec(), memory_kind=kind)
-        if len(given.device_set) != self.count:
-            number = len(given.device_set)
+        if number != self.count:
             raise ValueError(
                 f"the argument {path} lies on {number} devices, and target {self.name!r} has {self.count}: use the "
                 f"target '{self.name.partition(':')[0]}:{number}', or pass the shapes of what one device holds"
@@ -211,12 +212,24 @@ def get(target: "str | os.PathLike[str] | Target") -> Target:
     return Target(text, count, gpu)
 
 
+def of_devices(devices: Collection[Any]) -> Target:
+    """The target that these devices of JAX's are, in the machine or only described."""
+    ordered = tuple(sorted(devices, key=lambda device: device.id))
+    kind = ordered[0].device_kind
+    if type(ordered[0].client).__name__ != "CompileOnlyPyClient":  # of a described device
+        return _present("attached" if ordered[0] in jax.devices() else kind, ordered, len(ordered))
+    name = next((name for name in gpu_names() if _known(name).description == kind), None)
+    if name is None:
+        raise ValueError(f"the arguments lie on {kind}, of which nothing is known here; name a target")
+    return get(name if len(ordered) == 1 else f"{name}:{len(ordered)}")
+
+
 def gpu_named(description: str) -> Gpu | None:
     """Facts about a GPU by what it calls itself (`device.device_kind`), if there is a file about it."""
     return next((gpu for name in gpu_names() if (gpu := _known(name)).description == description), None)
 
 
-def _present(text: str, devices: list[Any], count: int) -> Target:
+def _present(text: str, devices: Sequence[Any], count: int) -> Target:
     if count > len(devices):
         raise ValueError(f"target {text!r} asks for {count} devices, and {len(devices)} are present: {devices}")
     gpu = gpu_named(devices[0].device_kind) if devices[0].platform == "gpu" else None
@@ -256,9 +269,13 @@ def _parse(text: str, where: str) -> Gpu:
     for key, kind in wanted.items():
         allowed = {int: (int,), float: (int, float), str: (str,)}.get(kind, (dict,))  # pyright: ignore[reportArgumentType]
         values = found[key].values() if isinstance(found[key], dict) else [found[key]]
-        positive = all(isinstance(v, (int, float)) and not isinstance(v, bool) and v > 0 for v in values)
+        positive = all(isinstance(v, (int, float)) and not isinstance(v, bool) and 0 < v < 2**62 for v in values)
         if not isinstance(found[key], allowed) or (kind is not str and not positive):
             raise ValueError(f"{where}: {key} = {found[key]!r} is not {_WANTED.get(kind, 'a table of rates by dtype')}")
+        if isinstance(found[key], dict) and "float32" not in found[key]:
+            raise ValueError(f"{where}: {key} has no rate for float32, which stands for dtypes that it does not name")
+    if re.search(r'["\\\n]', found["description"]):
+        raise ValueError(f"{where}: description = {found['description']!r} is not a GPU's name")
     if not re.fullmatch(r"\d+\.\d+", found["compute_capability"]):
         raise ValueError(f"{where}: compute_capability = {found['compute_capability']!r} is not of the form '9.0'")
     return Gpu(**found)
@@ -279,6 +296,8 @@ def _described(gpu: Gpu, count: int) -> tuple[Any, ...]:
         )
     except NotImplementedError:
         raise RuntimeError(_no_plugin()) from None
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(f"XLA does not take the description of {gpu.description!r}: {error}") from None
     return tuple(topology.devices)
 
 

@@ -16,6 +16,18 @@ def with_keywords(**knobs):
     x = jnp.ones((2, 4))
     return checkpoint_scan(block, **knobs), (jnp.ones((3, 4, 4)), x), {"mask": x, "scale": "double"}
 
+def nnx_stack(**knobs):
+    from flax import nnx
+
+    class Block(nnx.Module):
+        def __init__(self, *, rngs):
+            self.linear = nnx.Linear(4, 4, rngs=rngs)
+
+        def __call__(self, x):
+            return self.linear(x)
+
+    return checkpoint_scan(Block, 3, **knobs)(rngs=nnx.Rngs(0)), (jnp.ones((2, 4)),)
+
 def wrong(**knobs):
     return 3
 """

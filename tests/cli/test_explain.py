@@ -1,8 +1,11 @@
 import json
 
+import jax
 import pytest
+from flax import nnx
 
 from jaxckpt.cli import main
+from jaxckpt.cli._stacks import _of_user
 
 SMALL = ["explain", "--blocks", "6", "--tokens", "8"]
 
@@ -37,6 +40,8 @@ def test_a_stack_of_the_users(module, capsys):
         (["--policy", "save:nonsense"], "nonsense"),
         (["--blocks-per-ckpt", "7"], "between 1 and len(blocks) = 6"),
         (["--target", "h20"], "did you mean 'h200'"),
+        (["--target", "cpu"], "its rates are not known"),
+        (["--html", "no/folder/page.html"], "there is no folder no/folder"),
         (["--stack", "no_such_module:make"], "is not of the form package.module:function"),
         (["--stack", "json"], "is not of the form package.module:function"),
     ],
@@ -54,3 +59,16 @@ def test_keyword_arguments_of_the_users_stack(module, capsys):
 def test_a_function_that_makes_no_stack(module, capsys):
     assert main(["explain", "--stack", f"{module}:wrong"]) == 2
     assert "must return (stack, args)" in capsys.readouterr().err
+
+
+def test_no_tokens(capsys):
+    with pytest.raises(SystemExit):
+        main(["explain", "--tokens", "0"])
+    assert "'0' is not an integer of at least 1" in capsys.readouterr().err
+
+
+def test_arrays_of_the_users_stack_are_not_kept(module):
+    call = _of_user(f"{module}:nnx_stack", {"policy": "dots"})
+    leaves = jax.tree.leaves((nnx.state(call.stack), call.args))
+    assert leaves and all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+    assert main(["explain", "--stack", f"{module}:nnx_stack"]) == 0

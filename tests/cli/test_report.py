@@ -68,6 +68,21 @@ def test_an_interrupt_prints_what_there_is(module, capsys, monkeypatch):
     assert [row["policy"] for row in json.loads(capsys.readouterr().out)] == ["dots"]
 
 
+def test_where_nothing_could_be_measured(module, capsys, monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(report, "measure", fails)
+    assert main(["report", "--stack", f"{module}:make", "--target", "cpu", "--policies", "dots"]) == 1
+    assert "RuntimeError: no" in capsys.readouterr().out
+
+
+def test_a_number_of_blocks_that_is_none(module, capsys):
+    with pytest.raises(SystemExit):
+        main(["report", "--stack", f"{module}:make", "--blocks-per-ckpt", "many"])
+    assert "'many' is not a number of blocks, nor 'none'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "options, said",
     [

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -100,8 +101,8 @@ def stored_bytes(stack, args, shared):
     jaxpr = jax.make_jaxpr(residuals)(args, shared).jaxpr
     given = set(jaxpr.invars)
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name in ("reshape", "custom_jvp_call", "slice") and eqn.invars[0] in given:
-            given.update(eqn.outvars)  # the custom_jvp_call makes the zeros of a shorter last chunk
+        if eqn.primitive.name == "reshape" and eqn.invars[0] in given:
+            given.update(eqn.outvars)
         if not [v for v in eqn.invars if not isinstance(v, Literal) and v not in given] and eqn.primitive.name == "iota":
             given.update(eqn.outvars)
     made = dict.fromkeys(v for v in jaxpr.outvars if not isinstance(v, Literal) and v not in given)
@@ -248,3 +249,88 @@ def test_several_stacks():
     stack, args, shared = STACKS["mlp"]()
     with pytest.raises(ValueError, match=r"several stacks were run \(6 x mlp, 6 x mlp\)"):
         explain(lambda w, x: stack(w, stack(w, x, **shared), **shared), *args)
+
+
+@jax.jit
+def tanh_of_product(w, x):
+    product = x @ w
+    return jnp.tanh(product)
+
+
+def nested(w, x):
+    return tanh_of_product(w, x) + jax.nn.relu(jnp.where(x > 0, jnp.sin(x), x))
+
+
+def flat(w, x):
+    return jnp.tanh(x @ w) + jax.nn.relu(jnp.where(x > 0, jnp.sin(x), x))
+
+
+def looping(w, x):
+    def body(c, _):
+        waved = jnp.sin(c)
+        return waved @ w, jnp.cos(waved)
+
+    c, ys = jax.lax.scan(body, x, None, length=3)
+    return c + ys.sum(0)
+
+
+def checkpointed(w, x):
+    return jax.checkpoint(lambda w, x: jnp.tanh(jnp.tanh(x @ w) @ w))(w, x)
+
+
+WEIGHTS, ROWS = jnp.ones((5, 16, 16)), jnp.ones((32, 16))
+
+
+def line_of(text):
+    return [line.strip() for line in Path(__file__).read_text().splitlines()].index(text) + 1
+
+
+@pytest.mark.parametrize("policy", ["everything", "dots", "nothing"])
+def test_what_is_jitted_inside_counts_like_what_is_not(policy):
+    a, b = (explain(checkpoint_scan(block, policy=policy), WEIGHTS, ROWS, target="h200") for block in (nested, flat))
+    assert a.forward_runs == b.forward_runs
+    of = lambda found: [(v.op, v.bytes, v.fate, v.seconds) for v in found.values]  # noqa: E731
+    assert of(a) == of(b)
+    if policy == "dots":
+        assert 1 < a.forward_runs < 2
+
+
+def test_sees_inside_nested_jit_and_scan():
+    here = "test_explain.py:{}".format
+    rows = {v.op: v.source for v in explain(checkpoint_scan(nested, policy="dots"), WEIGHTS, ROWS).values}
+    assert rows["dot_general"] == here(line_of("product = x @ w"))
+    assert rows["tanh"] == here(line_of("return jnp.tanh(product)"))
+    assert rows["cos"] == here(line_of("return tanh_of_product(w, x) + jax.nn.relu(jnp.where(x > 0, jnp.sin(x), x))"))
+    found = explain(checkpoint_scan(looping, policy="dots"), WEIGHTS, ROWS, target="h200")
+    rows = {v.op: v for v in found.values}
+    assert rows["dot_general"].fate == "kept" and rows["cos"].fate == "re-run"
+    assert rows["cos"].source == here(line_of("waved = jnp.sin(c)")) and rows["cos"].shape == (3, 32, 16)
+    assert found.forward_runs > 1.5  # for the values that are not kept the whole loop is run again
+
+
+@pytest.mark.parametrize("policy", ["everything", "nothing"])
+def test_the_blocks_own_checkpoint_is_run_again(policy):
+    assert explain(checkpoint_scan(checkpointed, policy=policy), WEIGHTS, ROWS, target="h200").forward_runs == 2
+
+
+def test_forward_runs():
+    runs = [
+        explain(checkpoint_scan(flat, **knobs), WEIGHTS, ROWS, target="h200").forward_runs
+        for knobs in ({"policy": "everything"}, {"blocks_per_ckpt": 1}, {"blocks_per_ckpt": 5})
+    ]
+    assert runs == [1, 2, 2]
+    nested_chunks = explain(checkpoint_scan(flat, blocks_per_ckpt=2, policy="nothing"), WEIGHTS, ROWS, target="h200")
+    assert 2.5 < nested_chunks.forward_runs <= 3
+    assert explain(checkpoint_scan(flat), WEIGHTS, ROWS).forward_runs is None
+
+
+def test_a_function_that_was_jitted_and_called_before():
+    run = jax.jit(lambda w, x: checkpoint_scan(flat)(w, x))
+    run(WEIGHTS, ROWS)
+    assert explain(run, WEIGHTS, ROWS).stored_bytes == explain(run, WEIGHTS, ROWS).stored_bytes == 5 * ROWS.nbytes
+
+
+def test_under_vmap_it_refuses_to_count_one_example():
+    stack = checkpoint_scan(flat)
+    with pytest.raises(ValueError, match="run under vmap, where its bytes are those of one example"):
+        explain(lambda w, xs: jax.vmap(lambda x: stack(w, x))(xs), WEIGHTS, jnp.ones((7, 32, 16)))

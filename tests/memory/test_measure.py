@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxckpt import checkpoint_scan, measure, targets
 
@@ -101,8 +101,26 @@ def test_prints_and_dumps():
 def test_a_time_needs_arrays_and_a_device(h200):
     with pytest.raises(ValueError, match=r"'h200' is only described; take target='attached'"):
         measure(step, W, X, target="h200", time=True)
-    with pytest.raises(ValueError, match="time=True runs the program and needs arrays"):
-        measure(step, jax.ShapeDtypeStruct(W.shape, W.dtype), X, time=True)
+    for target in (None, "cpu"):
+        with pytest.raises(ValueError, match="time=True runs the program and needs arrays"):
+            measure(step, jax.ShapeDtypeStruct(W.shape, W.dtype), X, target=target, time=True)
+
+
+def test_a_program_that_does_not_fit_is_reported_and_not_run(monkeypatch):
+    monkeypatch.setattr(targets.Target, "memory_bytes", 1000)
+    monkeypatch.setattr("jaxckpt.memory.measure._run", lambda *_: pytest.fail("was run"))
+    found = measure(step, W, X, target="cpu", time=True)
+    assert found.excess_bytes == found.peak_bytes - 1000 and found.seconds is None
+
+
+def test_without_a_target_it_is_measured_where_the_arguments_are(h200):
+    there = SingleDeviceSharding(h200.devices[0])
+    w, x = (jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=there) for a in (W, X))
+    found = measure(step, w, x)
+    assert (found.target, found.device, found.memory_bytes) == ("h200", "NVIDIA H200", h200.memory_bytes)
+    assert found.temp_bytes == measure(step, W, X, target="h200").temp_bytes
+    with pytest.raises(ValueError, match=r"the arguments lie on different devices: args\[0\] on .*H200.*; args\[1\] on"):
+        measure(step, w, jax.device_put(X, jax.devices("cpu")[0]))
 
 
 def test_what_does_not_trace_says_what_it_was_given():

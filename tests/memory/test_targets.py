@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxckpt import targets
 
@@ -81,6 +81,12 @@ def test_a_file_of_the_users_own(tmp_path, h200):
         (lambda text: text.replace("4.94e14", "-1"), "matmul_rate = .* is not a table of rates by dtype"),
         (lambda text: text.replace('"9.0"', '"sm_90"'), "compute_capability = 'sm_90' is not of the form '9.0'"),
         (lambda text: text + "]", "is not TOML"),
+        (lambda text: text.replace("4.8e12", "inf"), "memory_bandwidth = inf is not a positive number"),
+        (
+            lambda text: text.replace("float32 = 6.69e13", ""),
+            "vector_rate has no rate for float32",
+        ),
+        (lambda text: text.replace('"NVIDIA H200"', "'a \"GPU\"'"), "is not a GPU's name"),
     ],
 )
 def test_wrong_files(tmp_path, change, said):
@@ -164,6 +170,26 @@ def test_shardings_move_to_the_targets_devices(h200):
     assert eight.place(jnp.ones(3)).sharding.is_fully_replicated
     with pytest.raises(ValueError, match="has 6 devices, target 'h200:8' has 8"):
         eight.mesh((2, 3), ("a", "b"))
+
+
+def test_shardings_over_a_mesh_that_is_only_its_shape(h200):
+    sharded = NamedSharding(AbstractMesh((4,), ("data",)), PartitionSpec("data"))
+    placed = targets.get("h200:4").place(jax.ShapeDtypeStruct((8, 2), "float32", sharding=sharded))
+    assert placed.sharding.shard_shape((8, 2)) == (2, 2)
+    assert {d.device_kind for d in placed.sharding.device_set} == {"NVIDIA H200"}
+
+
+def test_a_description_that_xla_does_not_take(tmp_path, h200):
+    path = tmp_path / "gpu.toml"
+    path.write_text(H200.replace("cores = 132", "cores = 99999999999"))
+    with pytest.raises(ValueError, match="XLA does not take the description of 'NVIDIA H200'"):
+        _ = targets.get(path).devices
+
+
+def test_the_target_of_devices(h200):
+    assert targets.of_devices(h200.devices).name == "h200" and not targets.of_devices(h200.devices).is_present
+    assert targets.of_devices(targets.get("h200:4").devices).name == "h200:4"
+    assert targets.of_devices(jax.devices()).present == tuple(jax.devices())
 
 
 RUN = """

@@ -12,8 +12,8 @@ def rotate(x: Float[Tensor, "... T h c"], base: float = 10_000.0) -> Float[Tenso
     """Rotary positions (Su et al. 2021), as complex numbers: channels `i` and `i + c/2` are `(re, im)` of pair `i`."""
     wide = at_least_float32(x)
     length, half = x.shape[-3], x.shape[-1] // 2
-    rate = base ** (-torch.arange(half, dtype=wide.dtype) / half)
-    angle = torch.outer(torch.arange(length, dtype=wide.dtype), rate)[:, None]
+    rate = base ** (-torch.arange(half, dtype=wide.dtype, device=wide.device) / half)
+    angle = torch.outer(torch.arange(length, dtype=wide.dtype, device=wide.device), rate)[:, None]
     turned = torch.complex(*wide.chunk(2, -1)) * torch.polar(torch.ones_like(angle), angle)
     return torch.cat([turned.real, turned.imag], -1).to(x.dtype)
 
@@ -49,6 +49,6 @@ class TransformerBlock(nn.Module):
         logits = at_least_float32(logits)
         if mask is not None:
             logits = logits + log_mask(mask)[..., None, None, :]
-        future = torch.ones(logits.shape[-2:], dtype=torch.bool).triu(1)
+        future = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).triu(1)
         weights = logits.masked_fill(future, -torch.inf).softmax(-1).to(value.dtype)
         return torch.einsum("...hqk,...khc->...qhc", weights, value).flatten(-2)
