@@ -297,10 +297,12 @@ def test_what_is_jitted_inside_counts_like_what_is_not(policy):
 
 def test_sees_inside_nested_jit_and_scan():
     here = "test_explain.py:{}".format
-    rows = {v.op: v.source for v in explain(checkpoint_scan(nested, policy="dots"), WEIGHTS, ROWS).values}
+    values = explain(checkpoint_scan(nested, policy="dots"), WEIGHTS, ROWS).values
+    rows = {v.op: v.source for v in values}
     assert rows["dot_general"] == here(line_of("product = x @ w"))
-    assert rows["tanh"] == here(line_of("return jnp.tanh(product)"))
     assert rows["cos"] == here(line_of("return tanh_of_product(w, x) + jax.nn.relu(jnp.where(x > 0, jnp.sin(x), x))"))
+    # What the derivative of tanh keeps has another name in each version of JAX.
+    assert here(line_of("return jnp.tanh(product)")) in {v.source for v in values if v.fate == "re-run"}
     found = explain(checkpoint_scan(looping, policy="dots"), WEIGHTS, ROWS, target="h200")
     rows = {v.op: v for v in found.values}
     assert rows["dot_general"].fate == "kept" and rows["cos"].fate == "re-run"
