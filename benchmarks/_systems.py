@@ -79,7 +79,7 @@ class System(NamedTuple):
     setting: str
     build: Callable[[Stack], Forward]
     package: str = "jax"
-    keeps_dots: bool = False  # then how often a block runs depends on what is in it
+    depends_on_block: bool = False  # how much of a block is run again
     is_slow: bool = False  # to compile
 
 
@@ -150,6 +150,8 @@ def systems(stack: Stack) -> list[System]:
             System("jaxckpt", f"blocks_per_ckpt={count}, {name}", our_stack(count, name), "jaxckpt", "dots" in name)
             for count, name in ours
         ),
+        System("jaxckpt", 'stages="auto", nothing', our_stack(None, "nothing", "auto"), "jaxckpt", True),
+        System("jaxckpt", f'blocks_per_ckpt={k}, stages="auto", nothing', our_stack(k, "nothing", "auto"), "jaxckpt", True),
         System("Python loop", "jax.checkpoint of each block", checkpointed_loop, is_slow=True),
         *(
             System("flax nn.scan(nn.remat)", name, functools.partial(flax_scan, policy), "flax", "dots" in name)
@@ -172,9 +174,10 @@ def systems(stack: Stack) -> list[System]:
     ]
 
 
-def our_stack(count: int | None, policy: str) -> Callable[[Stack], Forward]:
+def our_stack(count: int | None, policy: str, stages: str | None = None) -> Callable[[Stack], Forward]:
     def build(stack: Stack) -> Forward:
-        run = checkpoint_scan(stack.apply, blocks_per_ckpt=count and min(count, stack.chunk), policy=policy)
+        per_chunk = count and min(count, stack.chunk)
+        run = checkpoint_scan(stack.apply, blocks_per_ckpt=per_chunk, policy=policy, stages=stages)
         return lambda params, carry, shared: as_tuple(run(params, *carry, **shared))
 
     return build

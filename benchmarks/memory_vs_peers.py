@@ -127,7 +127,7 @@ def checked(row: dict[str, Any], system: System, stack: Stack, checks: Iterable[
         if "forward_runs" in other and all(row[field] == other[field] for field in same):
             return {field: other[field] for field in ("gradient_error", "forward_runs")}
     error = gradient_error(system, stack)
-    return {"gradient_error": error, "forward_runs": None if system.keeps_dots else forward_runs(system, stack)}
+    return {"gradient_error": error, "forward_runs": None if system.depends_on_block else forward_runs(system, stack)}
 
 
 class CountedBlock(nn.Module):

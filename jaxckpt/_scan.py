@@ -24,6 +24,7 @@ def checkpoint_scan(
     has_aux: bool = False,
     per_block: Sequence[str] = (),
     unroll: int | bool = 1,
+    stages: int | str | None = None,
 ) -> Callable[..., Any]:
     """A stack of `length` equal blocks, run by one `lax.scan` and checkpointed as told.
 
@@ -45,6 +46,10 @@ def checkpoint_scan(
         has_aux: the block returns `(carry, aux)`, and the stack `(carry, aux stacked on axis 0)`.
         per_block: names of keyword arguments with a leading axis `N`, one slice per block.
         unroll: how many blocks stand in one loop body, as in `lax.scan`.
+        stages: cuts each block itself into pieces that are checkpointed one by one, where few bytes are alive, so that
+            not all that its backward pass wants is alive at once; each piece is run once more for it. "auto" finds the
+            cuts, an integer is the number of pieces at most, "tags:z1,z2" cuts behind what `checkpoint_name` tagged so.
+            Under the policy "everything" what crosses the cuts is kept.
 
     Returns:
         The stack, or its constructor where `block` is a class.
@@ -61,7 +66,7 @@ def checkpoint_scan(
     >>> jax.grad(lambda w: stack(w, jnp.ones(8)).sum())(weights).shape
     (6, 8, 8)
     """
-    setting = make_setting(length, blocks_per_ckpt, policy, has_aux, per_block, unroll)
+    setting = make_setting(length, blocks_per_ckpt, policy, has_aux, per_block, unroll, stages)
     if isinstance(block, (list, tuple, nnx.List)):
         return _from_list(list(block), setting)
     if isinstance(block, nn.Module):

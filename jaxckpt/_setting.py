@@ -3,11 +3,14 @@
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from jaxckpt import policies
 from jaxckpt.policies.grammar import JaxPolicy, Policy
+
+Stages = None | Literal["auto"] | int | tuple[str, ...]  # pieces at most, or the tags to cut behind
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class Setting:
     has_aux: bool
     per_block: tuple[str, ...]
     unroll: int | None  # None: all. Not True, which equals 1: stacks are cached by their settings
+    stages: Stages
 
 
 def make_setting(
@@ -32,6 +36,7 @@ def make_setting(
     has_aux: bool,
     per_block: Sequence[str],
     unroll: int | bool,
+    stages: int | str | None = None,
 ) -> Setting:
     """The checked knobs, with the default policy filled in: what each is allowed to be stands in its error."""
     if length is not None and (not is_integer(length) or length < 1):
@@ -55,6 +60,22 @@ def make_setting(
         has_aux=bool(has_aux),
         per_block=names,
         unroll=None if unroll is True else max(operator.index(unroll), 1),
+        stages=_stages(stages),
+    )
+
+
+def _stages(given: object) -> Stages:
+    if given is None or given == "auto":
+        return given  # pyright: ignore[reportReturnType]
+    if is_integer(given) and given >= 1:  # pyright: ignore[reportOperatorIssue]
+        return operator.index(given)  # pyright: ignore[reportArgumentType]
+    if isinstance(given, str) and given.startswith("tags:"):
+        tags = tuple(tag.strip() for tag in given.removeprefix("tags:").split(","))
+        if all(tags):
+            return tags
+    raise ValueError(
+        "stages, the pieces that a block is cut into, must be None, 'auto', an integer of at least 1 (pieces at most) or "
+        f"tags to cut behind, as in 'tags:z1,z2'; got {given!r}"
     )
 
 

@@ -19,7 +19,7 @@ from jaxckpt._leaves import replaced
 
 # Calls that return what their inner jaxpr returns, so that an output can be followed to an input. custom_jvp and
 # custom_vjp are not among them: an identity with a gradient of its own is not a pass-through.
-_CALLS = ("jit", "pjit", "closed_call", "core_call")
+_CALLS = ("jit", "pjit", "closed_call", "core_call", "eval_jaxpr")
 _CHECKPOINTS = ("remat2", "checkpoint")
 
 # ErrorEffect: `checkify.check`, a value once `checkify` has transformed the program; JAX refuses it where nothing does.
@@ -41,8 +41,12 @@ def with_constants(closed: Any, constants: list[Any]) -> Any:
     return core.ClosedJaxpr(closed.jaxpr, constants)
 
 
-def as_numbered_function(closed: Any) -> Callable[..., list[Any]]:
-    """As `as_function`, with everything that comes of equation `i`, derivatives too, in the name scope of `number_of`."""
+def as_numbered_function(closed: Any, first: int = 0) -> Callable[..., list[Any]]:
+    """As `as_function`, with everything that comes of an equation, derivatives too, in the name scope of `number_of`.
+
+    Arguments:
+        first: the number of the first equation.
+    """
 
     def run(*inputs: Any) -> list[Any]:
         values = dict(zip([*closed.jaxpr.constvars, *closed.jaxpr.invars], [*closed.consts, *inputs], strict=True))
@@ -50,7 +54,7 @@ def as_numbered_function(closed: Any) -> Callable[..., list[Any]]:
         def read(var: Any) -> Any:
             return var.val if isinstance(var, core.Literal) else values[var]
 
-        for i, eqn in enumerate(closed.jaxpr.eqns):
+        for i, eqn in enumerate(closed.jaxpr.eqns, first):
             with jax.named_scope(f"{_NUMBER}{i}"):
                 out = eqn.primitive.bind(*map(read, eqn.invars), **eqn.primitive.get_bind_params(eqn.params))
             values.update(zip(eqn.outvars, out if eqn.primitive.multiple_results else [out], strict=True))
@@ -59,11 +63,11 @@ def as_numbered_function(closed: Any) -> Callable[..., list[Any]]:
     return run
 
 
-def inlined(closed: Any) -> Any:
+def inlined(closed: Any, checkpoints: bool = False) -> Any:
     """The same jaxpr with nested jit taken apart, so that it is a flat list of what is computed.
 
-    What has a derivative of its own (`custom_jvp`, `custom_vjp`), checkpoints and loops stay whole. Equations keep their
-    source and name scope.
+    What has a derivative of its own (`custom_jvp`, `custom_vjp`) and loops stay whole, and, unless they are asked for, so do
+    checkpoints. Equations keep their source and name scope.
     """
     constants = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
     eqns: list[Any] = []
@@ -79,7 +83,7 @@ def inlined(closed: Any) -> Any:
                 source = source.replace(name_stack=call.name_stack + source.name_stack)
             if call is not None and of_library:  # traced once for all who call it: its own frames may be another caller's
                 source = source.replace(traceback=call.traceback)
-            inner = None if is_checkpoint(eqn) else _transparent_closed(eqn)
+            inner = None if is_checkpoint(eqn) and not checkpoints else _transparent_closed(eqn)
             if inner is None:
                 # One jaxpr may be called twice: its variables are new in each call.
                 out = [var if _is_dropped(var) or call is None else core.Var(var.aval) for var in eqn.outvars]
@@ -97,6 +101,18 @@ def inlined(closed: Any) -> Any:
     outvars = list(map(now, closed.jaxpr.outvars))
     jaxpr = closed.jaxpr.replace(constvars=list(constants), outvars=outvars, eqns=eqns)
     return core.ClosedJaxpr(jaxpr, list(constants.values()))
+
+
+def residual_bytes(closed: Any) -> list[int]:
+    """For each equation, the bytes that autodiff keeps of it where nothing is checkpointed."""
+    run = as_numbered_function(closed)
+    traced = trace(lambda *inputs: jax.tree.leaves(vjp_of_inexact(run, inputs)[1]), *closed.in_avals).jaxpr
+    made_by = {var: eqn for eqn in traced.eqns for var in eqn.outvars}
+    found = [0] * len(closed.jaxpr.eqns)
+    for var in {var for var in traced.outvars if not isinstance(var, core.Literal)} & made_by.keys():
+        if (number := number_of(made_by[var])) is not None:
+            found[number] += nbytes(var.aval)
+    return found
 
 
 _NUMBER = "jaxckpt_equation_"

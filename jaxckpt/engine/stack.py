@@ -6,7 +6,9 @@ code is entered once per call of the stack (again where Python numbers in the ca
 call is jitted and already compiled.
 """
 
-from collections.abc import Callable
+import functools
+import warnings
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,10 +19,11 @@ import jax.numpy as jnp
 from jaxckpt._leaves import is_array, replaced, stacked_length
 from jaxckpt._setting import Setting, check_blocks_per_ckpt
 from jaxckpt.analysis import jaxpr as jx
+from jaxckpt.analysis.stages import cuts_at_tags, find_cuts, in_pieces
 from jaxckpt.engine import check
 from jaxckpt.engine.offload import guard_offload
 from jaxckpt.engine.scan import scan_blocks
-from jaxckpt.policies.grammar import JaxPolicy
+from jaxckpt.policies.grammar import JaxPolicy, everything, nothing
 
 Block = Callable[[Any, tuple, dict[str, Any]], tuple[Any, Any]]
 
@@ -65,11 +68,13 @@ def run_stack(
     sources, rest_sources = sources[: len(traced.carry)], sources[len(traced.carry) :]
     # What a block returns of its own slice of `xs` unchanged, parameters above all, is `xs` and not a copy of it.
     own = {i: x_leaves[source] for i, source in enumerate(rest_sources) if source is not None and source < len(x_leaves)}
+    closed, cuts = _cut(setting, traced, len(x_leaves), names)
     run = Run(
         setting=setting,
         length=length,
         names=names,
-        closed=traced.closed,
+        closed=closed,
+        cuts=cuts,
         keep=keep,
         # A carry that all blocks pass through unchanged is shared: it stays out of the scan, which would store it per block.
         moving=[i for i, source in enumerate(sources) if source != len(x_leaves) + i],
@@ -79,7 +84,7 @@ def run_stack(
     )
     if (seen := observed.get()) is not None:
         seen.append(run)
-    last, ys = run.execute(jx.as_function(traced.closed), *run.leaves, mark=mark)
+    last, ys = run.execute(closed.consts, *run.leaves, mark=mark)
     stacked = own | {i - len(sources): y for i, y in zip(run.computed, ys, strict=True)}
     aux, extra = jax.tree.unflatten(traced.rest_tree, [stacked[i] for i in range(len(rest_sources))])
     return Stacked(jax.tree.unflatten(traced.carry_tree, last), aux, extra)
@@ -93,6 +98,7 @@ class Run:
     length: int
     names: check.Names
     closed: Any  # of one block: slices of `xs`, carry and shared arrays in, carry and the rest out
+    cuts: Sequence[int]  # the equations before which a new piece begins; `closed` is inlined where there are any
     keep: JaxPolicy
     moving: list[int]  # the carry's leaves that the blocks change
     computed: list[int]  # the other outputs that are no slices of `xs`
@@ -101,13 +107,26 @@ class Run:
 
     def execute(
         self,
-        block: Callable[..., list[Any]],
+        constants: list[Any],
         xs: list[Any],
         carry: list[Any],
         arrays: list[Any],
         mark: Callable[[list[Any]], list[Any]] = list,
+        as_function: Callable[[Any, int], Callable[..., list[Any]]] = lambda closed, first: jx.as_function(closed),
     ) -> tuple[list[Any], list[Any]]:
-        """The last carry, all its leaves, and what `computed` says, stacked; `block` runs what `closed` says."""
+        """The last carry, all its leaves, and what `computed` says, stacked.
+
+        Arguments:
+            constants: of the block's jaxpr.
+            as_function: makes a function of a jaxpr whose first equation is of that number in the block.
+        """
+        closed = jx.with_constants(self.closed, constants)
+        if self.cuts:
+            keep = nothing if self.keep is everything else self.keep
+            piece = functools.partial(jax.checkpoint, policy=keep, prevent_cse=True)
+            block = in_pieces(closed, self.cuts, piece, as_function)
+        else:
+            block = as_function(closed, 0)
 
         def step(moved, x):
             out = block(*x, *replaced(carry, self.moving, moved), *arrays)
@@ -169,6 +188,30 @@ def _trace(block: Block, setting: Setting, xs: Any, carry: tuple, shared: dict[s
         leaves = promoted
         closed = jx.trace(flat, *slices, *leaves, *arrays)
     return _Traced(closed, leaves, trees["carry"], arrays, trees["rest"])
+
+
+def _cut(setting: Setting, traced: "_Traced", slices: int, names: check.Names) -> tuple[Any, list[int]]:
+    """The block's jaxpr, inlined where it is cut, and the cuts."""
+    if setting.stages is None or setting.stages == 1:
+        return traced.closed, []
+    if traced.closed.effects:
+        raise ValueError(
+            f"{names.block} has side effects ({', '.join(sorted(map(str, traced.closed.effects)))}), and stages cuts only "
+            "blocks without: take debugging output out of the block, or leave stages away"
+        )
+    flat = jx.inlined(traced.closed, checkpoints=True)
+    if isinstance(setting.stages, tuple):
+        try:
+            cuts = cuts_at_tags(flat, setting.stages)
+        except ValueError as error:
+            raise ValueError(f"{names.block}: {error}") from None
+    else:
+        most = None if setting.stages == "auto" else setting.stages
+        cuts = find_cuts(flat, range(slices, slices + len(traced.carry)), most)
+    if not cuts:
+        warnings.warn(f"{names.block}: stages={setting.stages!r} found nothing to cut; the block stays whole", stacklevel=2)
+        return traced.closed, []
+    return flat, cuts
 
 
 def _resolve(setting: Setting, closed: Any, names: check.Names) -> JaxPolicy:

@@ -62,7 +62,7 @@ class Explanation:
     """What a setting stores for a stack of `N` blocks, in bytes, and what one block is made of.
 
     Fields:
-        block, length, blocks_per_ckpt, policy: of the stack.
+        block, length, blocks_per_ckpt, policy: of the stack. pieces: that each block is cut into, see `stages`.
         values: a row for each value, in the order in which the block computes them.
         stored_bytes: on the device from the forward to the backward pass: the residuals of the stack in its jaxpr, without
             the parameters and other inputs, which exist anyway.
@@ -79,6 +79,7 @@ class Explanation:
     length: int
     blocks_per_ckpt: int | None
     policy: str
+    pieces: int
     values: tuple[Value, ...]
     stored_bytes: int
     host_bytes: int
@@ -123,7 +124,8 @@ class Explanation:
 
     def _title(self) -> str:
         chunks = "" if self.blocks_per_ckpt is None else f", blocks_per_ckpt={self.blocks_per_ckpt}"
-        return f"{self.length} x {self.block}{chunks}, policy={self.policy!r}"
+        pieces = "" if self.pieces == 1 else f", each in {self.pieces} pieces"
+        return f"{self.length} x {self.block}{chunks}, policy={self.policy!r}{pieces}"
 
     def _totals(self) -> list[str]:
         lines = [f"stored from the forward to the backward pass: {_size(self.stored_bytes)}"]
@@ -210,21 +212,22 @@ def explain(
     # In a chunk of one, the whole block is differentiated at once, whatever the policy.
     in_chunk = replace(run, setting=whole, length=alive, **({"keep": everything} if per_chunk == 1 else {}))
     kept = _residuals(in_chunk)
-    wanted = _residuals(replace(in_chunk, keep=everything))
+    wanted = _residuals(replace(in_chunk, keep=everything, cuts=()))
     stored = kept if per_chunk is None else _residuals(run)
-    without = wanted if alive == run.length else _residuals(replace(run, setting=whole, keep=everything))
+    without = wanted if alive == run.length else _residuals(replace(run, setting=whole, keep=everything, cuts=()))
     return Explanation(
         block=run.names.block,
         length=run.length,
         blocks_per_ckpt=per_chunk,
         policy=str(run.setting.policy),
+        pieces=len(run.cuts) + 1,
         values=tuple(_rows(run, kept, wanted, alive, costs)),
         stored_bytes=sum(r.bytes for r in stored if not r.is_host),
         host_bytes=sum(r.bytes for r in stored if r.is_host),
         chunk_bytes=0 if per_chunk is None else sum(r.bytes for r in kept if not r.is_host),
         wanted_bytes=sum(r.bytes for r in without),
         target=None if where is None else where.name,
-        **_seconds(run, kept, wanted, costs),
+        **_seconds(in_chunk, kept, wanted, costs),
     )
 
 
@@ -248,7 +251,10 @@ def _seconds(run: Run, kept: list[_Residual], wanted: list[_Residual], costs: li
         left.extend(computed_by.get(v) for v in eqns[i].invars if not isinstance(v, Literal))
     # The block's own checkpoints are run again when they are differentiated, whatever is kept around them.
     own = sum(c.seconds for c, eqn in zip(costs, eqns, strict=True) if jx.is_checkpoint(eqn))
-    return {"forward_seconds": sum(c.seconds for c in costs), "rerun_seconds": own + sum(costs[i].seconds for i in again)}
+    rerun = own + sum(costs[i].seconds for i in again)
+    if run.cuts and run.keep is not everything:  # once to get at what crosses the cuts, and piece by piece
+        rerun *= 2
+    return {"forward_seconds": sum(c.seconds for c in costs), "rerun_seconds": rerun}
 
 
 def _without(wanted: list[_Residual], kept: list[_Residual]) -> list[_Residual]:
@@ -313,8 +319,7 @@ def _residuals(run: Run) -> list[_Residual]:
     def forward(*inputs: Any) -> list[Any]:
         rest = iter(inputs)
         given, *leaves = [[next(rest) for _ in part] for part in (constants, xs, carry, arrays)]
-        block = jx.as_numbered_function(jx.with_constants(run.closed, given))
-        last, ys = run.execute(block, leaves[0], leaves[1], leaves[2])
+        last, ys = run.execute(given, leaves[0], leaves[1], leaves[2], as_function=jx.as_numbered_function)
         return [*last, *ys]
 
     def residuals(*inputs: Any) -> list[Any]:

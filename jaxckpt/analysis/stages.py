@@ -1,0 +1,166 @@
+"""Where to cut a block into pieces that are checkpointed one by one, so that the largest of them needs little memory.
+
+While a block is differentiated, all that its backward pass wants is alive at once, and for a large block that is the peak
+of the whole step. Cut into pieces, only what crosses the cuts and one piece's own values are.
+
+A cut stands between two equations of the block's inlined jaxpr. The peak while a piece is differentiated is modelled as the
+bytes that cross the cuts before it, each value once, plus the bytes that autodiff wants of the piece, plus what crosses the
+cut behind it (the cotangents). The cuts that make the largest of these peaks the least are found by dynamic programming.
+What XLA fuses away is not known here, so that the smaller pieces may be the larger ones in truth: among all cuts that come
+within 2 percent of the least peak, those with the least sum of squares are taken.
+"""
+
+import itertools
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jax.extend import core
+
+from jaxckpt.analysis import jaxpr as jx
+
+_MOST_CANDIDATES = 200
+_SLACK = 1.02
+
+
+def find_cuts(closed: Any, carried: Sequence[int], most: int | None = None) -> list[int]:
+    """The best cuts, as numbers of the equations before which they stand; none where the block is best left whole.
+
+    Arguments:
+        closed: an inlined jaxpr.
+        carried: which inputs count where they are still needed behind a cut; all others are there anyway.
+        most: the number of pieces at most.
+    """
+    n = len(closed.jaxpr.eqns)
+    ends = _last_uses(closed.jaxpr)
+    born = {var: i + 1 for i, eqn in enumerate(closed.jaxpr.eqns) for var in eqn.outvars}
+    born |= {closed.jaxpr.invars[i]: 0 for i in carried}
+    # Values by the cuts they cross: those after their birth, up to their last use.
+    spans = [(birth, ends[var], jx.nbytes(var.aval)) for var, birth in born.items() if ends.get(var, -1) > birth - 1]
+    live = [0] * (n + 2)
+    for birth, end, size in spans:
+        live[birth] += size
+        live[end + 1] -= size
+    for i in range(1, n + 2):
+        live[i] += live[i - 1]
+    points = [0, *_minima(live, n), n]
+    wanted = _prefix_sums(jx.residual_bytes(closed))
+
+    def new_bytes(a: int, b: int) -> int:
+        """Bytes that cross the cut at `b` and not the one at `a`."""
+        return sum(size for birth, end, size in spans if a < birth <= b <= end)
+
+    pairs = [(i, j) for j in range(1, len(points)) for i in range(j)]
+    new = {(i, j): new_bytes(points[i], points[j]) if points[j] < n else 0 for i, j in pairs}
+    own = {(i, j): wanted[points[j]] - wanted[points[i]] + live[points[j]] for i, j in pairs}
+    most = min(most or len(points) - 1, len(points) - 1)
+    best = _search(len(points), new, own, most)
+    return [points[i] for i in best]
+
+
+def _search(count: int, new: dict[tuple[int, int], int], own: dict[tuple[int, int], int], most: int) -> list[int]:
+    """The points to cut at: the least peak by bisection, and within it the least sum of squares."""
+    low, high = 0, own[0, count - 1]
+    while high - low > max(1, high // 1000):
+        middle = (low + high) // 2
+        if _within(middle, count, new, own, most, by_crossing=True) is None:
+            low = middle
+        else:
+            high = middle
+    return _within(int(high * _SLACK), count, new, own, most, by_crossing=False) or []
+
+
+def _within(
+    peak: int, count: int, new: dict[tuple[int, int], int], own: dict[tuple[int, int], int], most: int, by_crossing: bool
+) -> list[int] | None:
+    """Cuts into at most `most` pieces under which no piece needs more than `peak`; None where there are none.
+
+    Of several that end at a point the one of least crossing bytes is taken, which finds cuts wherever there are any; or the
+    one of the least sum of squared pieces.
+    """
+    rank = operator.itemgetter(0 if by_crossing else 1)
+    before: dict[int, tuple[int, int, list[int]]] = {0: (0, 0, [])}
+    best: tuple[int, int, list[int]] | None = None
+    for _ in range(most):
+        after: dict[int, tuple[int, int, list[int]]] = {}
+        for i, (crossing, squares, cuts) in before.items():
+            for j in range(i + 1, count):
+                if crossing + own[i, j] > peak:
+                    continue
+                label = (crossing + new[i, j], squares + own[i, j] ** 2, [*cuts, j])
+                if j not in after or rank(label) < rank(after[j]):
+                    after[j] = label
+        if count - 1 in after and (best is None or after[count - 1][1] < best[1]):
+            best = after[count - 1]
+            if by_crossing:
+                break
+        before = after
+    return None if best is None else best[2][:-1]
+
+
+def cuts_at_tags(closed: Any, tags: Sequence[str]) -> list[int]:
+    """Cuts right behind the equations that give these names.
+
+    Raises:
+        ValueError: a name that nothing in the block has.
+    """
+    found = [jx.tag_of(eqn) for eqn in closed.jaxpr.eqns]
+    if missing := [tag for tag in tags if tag not in found]:
+        there = ", ".join(sorted({tag for tag in found if tag is not None})) or "none"
+        raise ValueError(f"stages: nothing in the block is tagged {', '.join(map(repr, missing))}; its tags are: {there}")
+    last = len(found) - 1
+    return [i + 1 for i, tag in enumerate(found) if tag in tags and i < last]
+
+
+Flat = Callable[..., list[Any]]
+
+
+def in_pieces(
+    closed: Any, cuts: Sequence[int], wrap: Callable[[Flat], Flat], as_function: Callable[[Any, int], Flat] | None = None
+) -> Flat:
+    """A function of flat arguments that runs an inlined jaxpr piece by piece, each piece wrapped.
+
+    Arguments:
+        as_function: makes a function of a piece's jaxpr, which begins with the equation of that number.
+    """
+    as_function = as_function or (lambda piece, first: jx.as_function(piece))
+    jaxpr = closed.jaxpr
+    ends = _last_uses(jaxpr)
+    bounds = [0, *cuts, len(jaxpr.eqns)]
+    pieces = []
+    for a, b in itertools.pairwise(bounds):
+        eqns = jaxpr.eqns[a:b]
+        made = {var: None for eqn in eqns for var in eqn.outvars}
+        used = {var: None for eqn in eqns for var in eqn.invars if not isinstance(var, core.Literal) and var not in made}
+        out = [var for var in made if ends.get(var, -1) >= b]
+        piece = core.Jaxpr([], list(used), out, eqns, debug_info=jaxpr.debug_info)
+        pieces.append((wrap(as_function(core.ClosedJaxpr(piece, []), a)), list(used), out))
+
+    def run(*inputs: Any) -> list[Any]:
+        values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*closed.consts, *inputs], strict=True))
+        for piece, used, out in pieces:
+            values.update(zip(out, piece(*(values[var] for var in used)), strict=True))
+        return [var.val if isinstance(var, core.Literal) else values[var] for var in jaxpr.outvars]
+
+    return run
+
+
+def _last_uses(jaxpr: Any) -> dict[Any, int]:
+    """For each variable the last equation that uses it; for outputs the number of equations."""
+    found = {}
+    for i, eqn in enumerate(jaxpr.eqns):
+        found |= {var: i for var in eqn.invars if not isinstance(var, core.Literal)}
+    return found | {var: len(jaxpr.eqns) for var in jaxpr.outvars if not isinstance(var, core.Literal)}
+
+
+def _minima(live: list[int], n: int) -> list[int]:
+    """The places inside where fewest bytes are alive: the last of each local minimum."""
+    found = [i for i in range(1, n) if live[i] <= live[i - 1] and live[i] < live[i + 1]]
+    return sorted(sorted(found, key=live.__getitem__)[:_MOST_CANDIDATES])
+
+
+def _prefix_sums(numbers: list[int]) -> list[int]:
+    sums = [0]
+    for number in numbers:
+        sums.append(sums[-1] + number)
+    return sums

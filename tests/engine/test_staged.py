@@ -1,0 +1,177 @@
+"""Blocks that are cut into pieces: gradients, what is kept, how often is run, and what is refused."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxckpt import checkpoint_scan, explain
+from tests.support import QUICK, plain_loop, random_like, relative_error
+
+N = 4
+
+
+def block(w, x, *, mask, scale=1.0):
+    x = checkpoint_name(x + jnp.sin(jnp.sin(x @ w["up"]) @ w["down"]) * mask, "first")
+    return x + scale * jnp.tanh(jax.nn.relu(x @ w["up"]) @ w["down"])
+
+
+W = {"up": jnp.zeros((N, 6, 24)), "down": jnp.zeros((N, 24, 6))}
+SETTINGS = [
+    {},
+    {"policy": "everything"},
+    {"policy": "dots"},
+    {"policy": "save:first"},
+    {"blocks_per_ckpt": 2, "policy": "nothing"},
+    {"blocks_per_ckpt": 2},
+    {"blocks_per_ckpt": 3, "policy": "dots"},
+    {"blocks_per_ckpt": 1},
+    {"unroll": True},
+]
+
+
+def gradients(fn, *args, **shared):
+    """The value and all gradients, for a random cotangent."""
+
+    def run(args, shared):
+        value, vjp = jax.vjp(lambda args, shared: fn(*args, **shared), args, shared)
+        return value, vjp(random_like(value, seed=1))
+
+    return jax.jit(run, compiler_options=QUICK)(args, shared)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("stages", ["auto", 2, "tags:first"])
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_equals_the_plain_loop(setting, stages):
+    w, x = random_like(jax.tree.map(lambda a: a.astype("float64"), (W, jnp.zeros((5, 6)))))
+    mask = random_like(jnp.zeros((5, 1)), seed=3)
+    got = gradients(checkpoint_scan(block, stages=stages, **setting), w, x, mask=mask)
+    want = gradients(lambda w, x, mask: plain_loop(block, w, x, mask=mask), w, x, mask=mask)
+    assert relative_error(got, want) < 1e-12
+
+
+@pytest.mark.usefixtures("x64")
+def test_aux_per_block_and_integers_in_the_carry():
+    def counting(w, carry, *, scale):
+        x, n = carry
+        y = block(w, x, mask=jnp.ones_like(x), scale=scale)
+        return (y, n + 1), jnp.sum(y * y)
+
+    w, x = random_like(jax.tree.map(lambda a: a.astype("float64"), (W, jnp.zeros((5, 6)))))
+    scale = jnp.linspace(0.5, 1.0, N)
+    settings = {"has_aux": True, "per_block": ("scale",)}
+
+    def loss(w, x, scale, stages):
+        stack = checkpoint_scan(counting, stages=stages, blocks_per_ckpt=2, policy="nothing", **settings)
+        (y, n), aux = stack(w, (x, 0), scale=scale)
+        return jnp.sum(y**3) + jnp.sum(aux) + n
+
+    got, want = (jax.value_and_grad(loss, argnums=(0, 1, 2))(w, x, scale, stages) for stages in ("auto", None))
+    assert relative_error(got, want) < 1e-12
+
+
+class DropoutBlock(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = checkpoint_name(x + nn.Dropout(0.5, deterministic=False)(nn.Dense(8)(x)), "first")
+        return nn.BatchNorm(use_running_average=False)(x + nn.Dropout(0.5, deterministic=False)(jnp.sin(nn.Dense(8)(x))))
+
+
+def test_linen_with_dropout_and_batch_statistics():
+    x = random_like(jnp.zeros((4, 8)))
+    rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+
+    def run(stages):
+        stack = checkpoint_scan(DropoutBlock, 3, stages=stages)()
+        variables = stack.init(rngs, x)
+
+        def loss(params):
+            given = {**variables, "params": params}
+            y, updates = stack.apply(given, x, rngs={"dropout": jax.random.key(2)}, mutable=["batch_stats"])
+            return jnp.sum(jnp.sin(y) ** 2), updates
+
+        return jax.value_and_grad(loss, has_aux=True)(variables["params"])
+
+    assert relative_error(run("tags:first"), run(None)) < 1e-5
+
+
+class NnxBlock(nnx.Module):
+    def __init__(self, *, rngs):
+        self.first, self.second = nnx.Linear(8, 32, rngs=rngs), nnx.Linear(32, 8, rngs=rngs)
+
+    def __call__(self, x):
+        x = checkpoint_name(x + self.second(jnp.sin(self.first(x))), "first")
+        return x + self.second(jnp.cos(self.first(x)))
+
+
+def test_nnx():
+    x = random_like(jnp.zeros((4, 8)))
+
+    def run(stages):
+        stack = checkpoint_scan(NnxBlock, 3, stages=stages)(rngs=nnx.Rngs(0))
+        return nnx.value_and_grad(lambda stack: jnp.sum(stack(x) ** 2))(stack)
+
+    got, want = run("auto"), run(None)
+    assert relative_error(jax.tree.leaves(got), jax.tree.leaves(want)) < 1e-5
+
+
+def test_runs_of_a_block():
+    def counted_runs(**knobs):
+        runs = []
+
+        @jax.custom_jvp
+        def counted(x):
+            return jax.pure_callback(lambda x: (runs.append(1), x)[1], jax.ShapeDtypeStruct((), "float32"), x)
+
+        counted.defjvp(lambda primals, tangents: (counted(*primals), tangents[0]))
+        stack = checkpoint_scan(lambda w, x: jnp.sin(w * checkpoint_name(jnp.sin(w * counted(x)), "first")), **knobs)
+        jax.block_until_ready(jax.jit(jax.grad(lambda w: stack(w, jnp.float32(0.5))))(jnp.ones(N)))
+        return len(runs) / N
+
+    assert counted_runs() == 2
+    assert counted_runs(stages="tags:first") == 3
+    assert counted_runs(stages="tags:first", policy="everything") == 2
+
+
+def test_explain_counts_the_pieces():
+    shared = {"mask": jnp.ones((5, 1))}
+    args = random_like((W, jnp.zeros((5, 6))))
+    whole, cut = (
+        explain(checkpoint_scan(block, stages=stages), *args, target="h200", **shared) for stages in (None, "tags:first")
+    )
+    assert (whole.pieces, cut.pieces) == (1, 2)
+    assert whole.stored_bytes == cut.stored_bytes
+    assert cut.forward_runs - 1 == 2 * (whole.forward_runs - 1)
+    assert "each in 2 pieces" in str(cut)
+    kept = explain(checkpoint_scan(block, stages="tags:first", policy="everything"), *args, target="h200", **shared)
+    assert kept.stored_bytes == 2 * whole.stored_bytes  # the carry, and what crosses the cut
+    assert kept.wanted_bytes == whole.wanted_bytes
+
+
+@pytest.mark.parametrize("stages", [0, -1, 2.0, True, "always", "tags:", "tags:a,,b", ("first",)])
+def test_what_stages_may_be(stages):
+    with pytest.raises(ValueError, match=r"must be None, 'auto', an integer of at least 1 .* or tags to cut behind"):
+        checkpoint_scan(block, stages=stages)
+
+
+def test_unknown_tags():
+    with pytest.raises(ValueError, match="block: stages: nothing in the block is tagged 'last'; its tags are: first"):
+        checkpoint_scan(block, stages="tags:last")(W, jnp.zeros((5, 6)), mask=jnp.ones((5, 1)))
+
+
+def test_nothing_to_cut_is_a_note():
+    stack = checkpoint_scan(lambda w, x: x @ w, stages="auto")
+    with pytest.warns(UserWarning, match="stages='auto' found nothing to cut; the block stays whole"):
+        stack(jnp.ones((3, 4, 4)), jnp.ones((2, 4)))
+
+
+def test_side_effects_are_not_cut():
+    def talking(w, x):
+        jax.debug.print("x {}", x.sum())
+        return jnp.sin(x @ w)
+
+    with pytest.raises(ValueError, match=r"talking has side effects .*, and stages cuts only blocks without"):
+        checkpoint_scan(talking, stages=2)(jnp.ones((3, 4, 4)), jnp.ones((2, 4)))
