@@ -38,31 +38,23 @@ def main() -> None:
     old = next((run["rows"] for run in runs if key(run) == key(new)), [])
     run = {**new, "rows": [row for row in old if row["stack"] not in options.stacks]}
     runs = [other for other in runs if key(other) != key(run)] + [run]
-    end = time.monotonic() + 60 * options.minutes
-    jobs = [(name, depth) for name in options.stacks for depth in options.depths]
-    jobs_in_order = [
-        (*job, system)
-        for is_slow in (False, True)
-        for job in jobs
-        for system in systems(job[1])
-        if system.is_slow == is_slow
-    ]
-    for name, depth, system in (bar := tqdm(jobs_in_order, unit="row", dynamic_ncols=True)):
-        bar.set_description(f"{depth} {name} blocks: {system.name}, {system.setting}")
-        row = {"stack": name, "blocks": depth, "system": system.name, "setting": system.setting}
-        stack = dataclasses.replace(STACKS[name], length=depth, chunk=chunk_near_sqrt(depth))
-        before = [r for r in run["rows"] if (r["stack"], r["system"], r["setting"]) == (name, system.name, system.setting)]
-        # A loop takes at least as long per block as it did for fewer.
-        expected = max((r.get("compile_seconds", 0) * depth / r["blocks"] for r in before), default=0) * system.is_slow
-        if time.monotonic() + expected > end:
-            run["rows"].append({**row, "error": "not compiled: out of time"})
-        else:
-            run["rows"].append({**row, "title": stack.title, **compiled(system, stack, options.target)})
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"runs": sorted(runs, key=key)}, indent=1) + "\n")
-    write_section(
-        "depth_scaling", "\n\n".join([INTRODUCTION, *map(table, sorted(runs, key=key))]), options.out.parent / "README.md"
-    )
+    begin = time.monotonic()
+    for i, name in enumerate(options.stacks):
+        end = begin + 60 * options.minutes * (i + 1) / len(options.stacks)
+        jobs = [(depth, system) for depth in options.depths for system in systems(depth)]
+        jobs.sort(key=lambda job: (job[1].is_slow, spread(job[0])))
+        for depth, system in (bar := tqdm(jobs, unit="row", dynamic_ncols=True)):
+            bar.set_description(f"{depth} {name} blocks: {system.name}, {system.setting}")
+            row = {"stack": name, "blocks": depth, "system": system.name, "setting": system.setting}
+            stack = dataclasses.replace(STACKS[name], length=depth, chunk=chunk_near_sqrt(depth))
+            if time.monotonic() + expected_seconds(row, run["rows"]) > end:
+                run["rows"].append({**row, "error": "not compiled: out of time"})
+            else:
+                run["rows"].append({**row, "title": stack.title, **compiled(system, stack, options.target)})
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"runs": sorted(runs, key=key)}, indent=1) + "\n")
+    text = "\n\n".join([INTRODUCTION, *map(table, sorted(runs, key=key))])
+    write_section("depth_scaling", text, options.out.parent / "README.md")
     print(table(run))
 
 
@@ -78,6 +70,18 @@ def parse() -> argparse.Namespace:
 
 def key(run: dict[str, Any]) -> tuple[str, ...]:
     return run["target"], run["versions"]["jax"]
+
+
+def spread(depth: int) -> int:
+    """The order in which depths are compiled: if time is out, those in the middle are left out."""
+    order = (12, 48, 768, 24, 192, 96, 384)
+    return order.index(depth) if depth in order else len(order)
+
+
+def expected_seconds(row: dict[str, Any], before: list[dict[str, Any]]) -> float:
+    """How long compiling will take at least: of a loop in Python, per block what it took for fewer blocks."""
+    of_loops = [r for r in before if r["stack"] == row["stack"] and r["system"] == row["system"] == "Python loop"]
+    return max((r.get("compile_seconds", 0) * row["blocks"] / r["blocks"] for r in of_loops), default=0)
 
 
 def systems(depth: int) -> list[System]:
