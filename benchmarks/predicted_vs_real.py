@@ -46,7 +46,7 @@ def main() -> None:
     path = options.out / "predicted_vs_real.json"
     runs = json.loads(path.read_text())["runs"] if path.exists() else []
     device = jax.devices()[0]
-    name = next((n for n in targets.gpu_names() if targets.get(n).gpu == targets.gpu_named(device.device_kind)), None)
+    name = targets.name_of(device.device_kind)
     if device.platform == "gpu" and name:
         new = {**environment(), "target": name}
         run = next((other for other in runs if key(other) == key(new)), {**new, "rows": []})

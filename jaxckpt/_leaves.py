@@ -1,6 +1,6 @@
 """Small things to do with the leaves of trees."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,13 @@ def is_array(leaf: object) -> bool:
 def is_shaped(leaf: object) -> bool:
     """Whether `leaf` is an array, or stands for one by its shape."""
     return is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
+
+
+def split_arrays(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """The arrays in `tree`, and a function that puts others in their places; what is not an array stays as it is."""
+    leaves, structure = jax.tree.flatten(tree)
+    where = [i for i, leaf in enumerate(leaves) if is_shaped(leaf)]
+    return [leaves[i] for i in where], lambda arrays: jax.tree.unflatten(structure, replaced(leaves, where, arrays))
 
 
 def named_leaves(tree: Any) -> list[tuple[str, Any]]:

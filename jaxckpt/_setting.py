@@ -68,7 +68,7 @@ def _stages(given: object) -> Stages:
     if given is None or given == "auto":
         return given  # pyright: ignore[reportReturnType]
     if is_integer(given) and given >= 1:  # pyright: ignore[reportOperatorIssue]
-        return operator.index(given)  # pyright: ignore[reportArgumentType]
+        return None if given == 1 else operator.index(given)  # pyright: ignore[reportArgumentType]
     if isinstance(given, str) and given.startswith("tags:"):
         tags = tuple(tag.strip() for tag in given.removeprefix("tags:").split(","))
         if all(tags):

@@ -31,8 +31,8 @@ def trace(fn: Callable[..., Any], *args: Any) -> Any:
     return jax.make_jaxpr(fn)(*args)
 
 
-def as_function(closed: Any) -> Callable[..., list[Any]]:
-    """A function of flat arguments that runs the jaxpr, under any transformation."""
+def as_function(closed: Any, first: int = 0) -> Callable[..., list[Any]]:
+    """A function of flat arguments that runs the jaxpr, under any transformation; `first` is for `as_numbered_function`."""
     return core.jaxpr_as_fun(closed)
 
 

@@ -46,13 +46,16 @@ def find_cuts(closed: Any, carried: Sequence[int], most: int | None = None) -> l
     points = [0, *_minima(live, n), n]
     wanted = _prefix_sums(jx.residual_bytes(closed))
 
-    def new_bytes(a: int, b: int) -> int:
-        """Bytes that cross the cut at `b` and not the one at `a`."""
-        return sum(size for birth, end, size in spans if a < birth <= b <= end)
-
-    pairs = [(i, j) for j in range(1, len(points)) for i in range(j)]
-    new = {(i, j): new_bytes(points[i], points[j]) if points[j] < n else 0 for i, j in pairs}
-    own = {(i, j): wanted[points[j]] - wanted[points[i]] + live[points[j]] for i, j in pairs}
+    new, own = {}, {}  # of the piece between two points: bytes that cross its end and not its beginning; its own peak
+    for j, b in enumerate(points[1:], 1):
+        crossing = [0] * (b + 1)  # the cut at `b`, by birth
+        for birth, end, size in spans:
+            if birth <= b <= end and b < n:
+                crossing[birth] += size
+        sums = _prefix_sums(crossing)
+        for i, a in enumerate(points[:j]):
+            new[i, j] = sums[b + 1] - sums[a + 1]
+            own[i, j] = wanted[b] - wanted[a] + live[b]
     most = min(most or len(points) - 1, len(points) - 1)
     best = _search(len(points), new, own, most)
     return [points[i] for i in best]
@@ -116,14 +119,13 @@ Flat = Callable[..., list[Any]]
 
 
 def in_pieces(
-    closed: Any, cuts: Sequence[int], wrap: Callable[[Flat], Flat], as_function: Callable[[Any, int], Flat] | None = None
+    closed: Any, cuts: Sequence[int], wrap: Callable[[Flat], Flat], as_function: Callable[[Any, int], Flat] = jx.as_function
 ) -> Flat:
     """A function of flat arguments that runs an inlined jaxpr piece by piece, each piece wrapped.
 
     Arguments:
         as_function: makes a function of a piece's jaxpr, which begins with the equation of that number.
     """
-    as_function = as_function or (lambda piece, first: jx.as_function(piece))
     jaxpr = closed.jaxpr
     ends = _last_uses(jaxpr)
     bounds = [0, *cuts, len(jaxpr.eqns)]

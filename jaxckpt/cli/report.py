@@ -14,7 +14,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from jaxckpt import explain, measure
-from jaxckpt._leaves import is_shaped, replaced
+from jaxckpt._leaves import split_arrays
 from jaxckpt.cli._stacks import Call, add_stack_options, chosen_stack, chunk_near_sqrt
 from jaxckpt.cli.plots import Point, check_plot, draw_memory_against_runs, pareto
 from jaxckpt.memory import targets
@@ -71,8 +71,10 @@ def run(options: argparse.Namespace) -> int:
             check_plot(options.plot)
         where = [targets.get(name) for name in options.target]
         _ = [target.devices for target in where]  # a missing plugin is said before anything is compiled
-        length = explained(chosen_stack(options, blocks_per_ckpt=None, policy="nothing"), RATES).length
-        chunks = options.blocks_per_ckpt or dict.fromkeys([None, chunk_near_sqrt(length)])
+        chunks = options.blocks_per_ckpt
+        if not chunks:
+            plain = explained(chosen_stack(options, blocks_per_ckpt=None, policy="nothing"), target=None)
+            chunks = dict.fromkeys([None, chunk_near_sqrt(plain.length)])
         settings = [(k, policy) for k in chunks for policy in options.policies]
         calls = [chosen_stack(options, blocks_per_ckpt=k, policy=policy) for k, policy in settings]
         rates = next((target for target in where if target.gpu), targets.get(RATES))
@@ -80,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         print(f"jaxckpt report: {error}", file=sys.stderr)
         return 2
-    title = f"{length} x {found[0].block}, gradients of its parameters, JAX {jax.__version__}"
+    title = f"{found[0].length} x {found[0].block}, gradients of its parameters, JAX {jax.__version__}"
     rows: list[Row] = []
     interrupted = False
     jobs = [
@@ -137,16 +139,15 @@ def gradient(call: Call) -> tuple[Any, ...]:
         args = (state, *args[1:])
     else:
         forward, params, args = stack, args[0], args[1:]
-    leaves, tree = jax.tree.flatten((args, keywords))
-    arrays = [i for i, leaf in enumerate(leaves) if is_shaped(leaf)]  # all else is static
+    arrays, with_arrays = split_arrays((args, keywords))
 
-    def loss(params: Any, values: list[Any]) -> jax.Array:
-        args, keywords = jax.tree.unflatten(tree, replaced(leaves, arrays, values))
+    def loss(params: Any, arrays: list[Any]) -> jax.Array:
+        args, keywords = with_arrays(arrays)
         out = jax.tree.leaves(forward(params, *args, **keywords))
         squares = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in out if jnp.issubdtype(x.dtype, jnp.inexact)]
         return jnp.stack(squares).sum()
 
-    return jax.value_and_grad(loss), params, [leaves[i] for i in arrays]
+    return jax.value_and_grad(loss), params, arrays
 
 
 def tables(rows: list[Row]) -> list[str]:

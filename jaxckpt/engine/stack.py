@@ -112,7 +112,7 @@ class Run:
         carry: list[Any],
         arrays: list[Any],
         mark: Callable[[list[Any]], list[Any]] = list,
-        as_function: Callable[[Any, int], Callable[..., list[Any]]] = lambda closed, first: jx.as_function(closed),
+        as_function: Callable[[Any, int], Callable[..., list[Any]]] = jx.as_function,
     ) -> tuple[list[Any], list[Any]]:
         """The last carry, all its leaves, and what `computed` says, stacked.
 
@@ -192,7 +192,7 @@ def _trace(block: Block, setting: Setting, xs: Any, carry: tuple, shared: dict[s
 
 def _cut(setting: Setting, traced: "_Traced", slices: int, names: check.Names) -> tuple[Any, list[int]]:
     """The block's jaxpr, inlined where it is cut, and the cuts."""
-    if setting.stages is None or setting.stages == 1:
+    if setting.stages is None:
         return traced.closed, []
     if traced.closed.effects:
         raise ValueError(

@@ -18,7 +18,7 @@ import jax
 from flax import nnx
 from jax.extend.core import Literal
 
-from jaxckpt._leaves import is_shaped, replaced
+from jaxckpt._leaves import split_arrays
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis.cost import Cost, cost
 from jaxckpt.engine.stack import Run, observed
@@ -279,18 +279,17 @@ def _the_run(stack: Any, args: tuple, keywords: dict[str, Any]) -> Run:
     fn = stack.apply if isinstance(stack, nn.Module) else stack
     if not callable(fn):
         raise TypeError(f"explain takes a stack, or a function that runs one; got {stack!r}")
-    leaves, tree = jax.tree.flatten((args, keywords))
-    arrays = [i for i, leaf in enumerate(leaves) if is_shaped(leaf)]
+    arrays, with_arrays = split_arrays((args, keywords))
 
-    def call(values: list[Any]) -> None:
-        args, keywords = jax.tree.unflatten(tree, replaced(leaves, arrays, values))
+    def call(arrays: list[Any]) -> None:
+        args, keywords = with_arrays(arrays)
         fn(*args, **keywords)
 
     seen: list[Run] = []
     token = observed.set(seen)
     try:
         with _untraced(object()):  # or what is jitted inside, and was traced before, would not run the stack again
-            jax.eval_shape(call, [leaves[i] for i in arrays])
+            jax.eval_shape(call, arrays)
     finally:
         observed.reset(token)
     if not seen:

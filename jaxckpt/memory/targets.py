@@ -218,7 +218,7 @@ def of_devices(devices: Collection[Any]) -> Target:
     kind = ordered[0].device_kind
     if type(ordered[0].client).__name__ != "CompileOnlyPyClient":  # of a described device
         return _present("attached" if ordered[0] in jax.devices() else kind, ordered, len(ordered))
-    name = next((name for name in gpu_names() if _known(name).description == kind), None)
+    name = name_of(kind)
     if name is None:
         raise ValueError(f"the arguments lie on {kind}, of which nothing is known here; name a target")
     return get(name if len(ordered) == 1 else f"{name}:{len(ordered)}")
@@ -226,7 +226,13 @@ def of_devices(devices: Collection[Any]) -> Target:
 
 def gpu_named(description: str) -> Gpu | None:
     """Facts about a GPU by what it calls itself (`device.device_kind`), if there is a file about it."""
-    return next((gpu for name in gpu_names() if (gpu := _known(name)).description == description), None)
+    name = name_of(description)
+    return None if name is None else _known(name)
+
+
+def name_of(description: str) -> str | None:
+    """The name of the GPU that calls itself so (`device.device_kind`), if there is a file about it."""
+    return next((name for name in gpu_names() if _known(name).description == description), None)
 
 
 def _present(text: str, devices: Sequence[Any], count: int) -> Target:
