@@ -1,5 +1,6 @@
-"""Where and with what a benchmark was run, and its section in the README of the benchmarks."""
+"""Where and with what a benchmark was run, its results, and its section in the README of the benchmarks."""
 
+import json
 import os
 import platform
 import re
@@ -30,8 +31,20 @@ def environment(*packages: str) -> dict[str, Any]:
     return {**found, "versions": versions}
 
 
+def load(path: Path, what: str) -> list[dict[str, Any]]:
+    """The list called `what` in a file of results, empty where there is none."""
+    return json.loads(path.read_text())[what] if path.exists() else []
+
+
+def save(path: Path, what: str, items: list[dict[str, Any]]) -> None:
+    """Writes the list that `load` reads."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({what: items}, indent=1) + "\n")
+
+
 def write_section(name: str, text: str, readme: Path) -> None:
     """Writes `text` into the README between the marks of the benchmark `name`, at the end if it has none yet."""
     begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    readme.parent.mkdir(parents=True, exist_ok=True)
     before, _, rest = readme.read_text().partition(begin) if readme.exists() else ("# Benchmarks\n\n", "", "")
     readme.write_text(f"{before.rstrip()}\n\n{begin}\n\n{text.strip()}\n\n{end}{rest.partition(end)[2] or chr(10)}")

@@ -10,13 +10,12 @@ Python loop of `jax.checkpoint`, as far as `--minutes` go. No number is of a run
 import argparse
 import dataclasses
 import functools
-import json
 import time
 import warnings
 from pathlib import Path
 from typing import Any
 
-from _results import RESULTS, environment, write_section
+from _results import RESULTS, environment, load, save, write_section
 from _systems import Stack, System, checkpointed_loop, loss_and_gradients, our_stack, pairformer, transformer
 from tqdm import tqdm
 
@@ -34,7 +33,7 @@ def main() -> None:
     path = options.out / "depth_scaling.json"
     where = {"target": options.target, "compiled_for": targets.get(options.target).devices[0].device_kind}
     new = {**environment(), **where}
-    runs = json.loads(path.read_text())["runs"] if path.exists() else []
+    runs = load(path, "runs")
     old = next((run["rows"] for run in runs if key(run) == key(new)), [])
     run = {**new, "rows": [row for row in old if row["stack"] not in options.stacks]}
     runs = [other for other in runs if key(other) != key(run)] + [run]
@@ -51,8 +50,7 @@ def main() -> None:
                 run["rows"].append({**row, "error": "not compiled: out of time"})
             else:
                 run["rows"].append({**row, "title": stack.title, **compiled(system, stack, options.target)})
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"runs": sorted(runs, key=key)}, indent=1) + "\n")
+            save(path, "runs", sorted(runs, key=key))
     text = "\n\n".join([INTRODUCTION, *map(table, sorted(runs, key=key))])
     write_section("depth_scaling", text, options.out.parent / "README.md")
     print(table(run))

@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 import functools
 import importlib.metadata
-import json
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -26,7 +25,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from _results import RESULTS, write_section
+from _results import RESULTS, load, save, write_section
 from _systems import Stack, System, gradient_error, loss_and_gradients, run_quickly, systems, version, workloads
 from tqdm import tqdm
 
@@ -40,7 +39,7 @@ def main() -> None:
     options = parse()
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     path = options.out / "memory_vs_peers.json"
-    rows = {key(row): row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
+    rows = {key(row): row for row in load(path, "rows")}
     wanted = [job for job in jobs(options) if options.again or is_missing(rows.get(key(identity(*job))))]
     end = time.monotonic() + 60 * options.minutes
     for job in (bar := tqdm(wanted, unit="row", dynamic_ncols=True)):
@@ -164,8 +163,7 @@ def forward_runs(system: System, stack: Stack) -> float:
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
     """Writes the JSON, and the tables into the README."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"rows": sorted(rows, key=key)}, indent=1) + "\n")
+    save(path, "rows", sorted(rows, key=key))
     shown = [row for row in rows if row["workload"] in FULL]
     write_section("memory_vs_peers", "\n\n".join([INTRODUCTION, *tables(shown)]), path.parent.parent / "README.md")
 

@@ -11,18 +11,16 @@ Prints and writes ratios, ours to hand-written, measured side by side in one run
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from _results import RESULTS, environment
 
 from jaxckpt import checkpoint_scan
 from jaxckpt.models import TransformerBlock
@@ -33,13 +31,11 @@ Step = Callable[..., Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "overhead_vs_hand_written.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "overhead_vs_hand_written.json")
     parser.add_argument("--pairs", type=int, default=15, help="pairs of compilations, and of timed steps")
     options = parser.parse_args()
     report = {
-        "device": jax.devices()[0].device_kind,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {"python": platform.python_version(), "jax": jax.__version__, "flax": flax.__version__},
+        **environment(),
         "transformer": transformer(options.pairs),
         "pass_through": pass_through(),
         "depth": depth(options.pairs),

@@ -22,7 +22,7 @@ from typing import Any
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the parent must leave the GPU to its children
 
 import jax
-from _results import RESULTS, environment, write_section
+from _results import RESULTS, environment, load, save, write_section
 from _systems import loss_and_gradients, our_stack, values, workloads
 from tqdm import tqdm
 
@@ -44,7 +44,7 @@ def main() -> None:
             print(json.dumps({"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}))
         return
     path = options.out / "predicted_vs_real.json"
-    runs = json.loads(path.read_text())["runs"] if path.exists() else []
+    runs = load(path, "runs")
     device = jax.devices()[0]
     name = targets.name_of(device.device_kind)
     if device.platform == "gpu" and name:
@@ -54,8 +54,7 @@ def main() -> None:
         for row in rows(options, name):
             kept = [old for old in run["rows"] if (old["title"], old["setting"]) != (row["title"], row["setting"])]
             run["rows"] = [*kept, row]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"runs": sorted(runs, key=key)}, indent=1) + "\n")
+            save(path, "runs", sorted(runs, key=key))
     else:
         print(f"{device.device_kind} is no GPU that jaxckpt.targets knows: nothing to compare", file=sys.stderr)
     shown = [*map(table, sorted(runs, key=key))] or ["**No run on a GPU has been made yet.**"]

@@ -17,7 +17,6 @@ import argparse
 import dataclasses
 import functools
 import importlib.metadata
-import json
 import os
 import statistics
 import time
@@ -30,7 +29,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave torch i
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 
 import jax
-from _results import RESULTS, environment, write_section
+from _results import RESULTS, environment, load, save, write_section
 from _systems import (
     Stack,
     System,
@@ -69,10 +68,8 @@ def main() -> None:
     path = options.out / "time_vs_peers.json"
     race = {"workload": options.workload, "title": workloads()[options.workload].title, **environment(*PACKAGES)}
     race["rows"] = run_race(options.workload, options.systems, 60 * options.minutes, options.rounds)
-    races = json.loads(path.read_text())["races"] if path.exists() else []
-    races = [other for other in races if key(other) != key(race)] + [race]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"races": sorted(races, key=key)}, indent=1) + "\n")
+    races = [other for other in load(path, "races") if key(other) != key(race)] + [race]
+    save(path, "races", sorted(races, key=key))
     write_section("time_vs_peers", section(races), options.out.parent / "README.md")
     print(table(race))
 
