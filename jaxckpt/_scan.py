@@ -25,6 +25,7 @@ def checkpoint_scan(
     per_block: Sequence[str] = (),
     unroll: int | bool = 1,
     stages: int | str | None = None,
+    engine: str = "scan",
 ) -> Callable[..., Any]:
     """A stack of `length` equal blocks, run by one `lax.scan` and checkpointed as told.
 
@@ -66,7 +67,7 @@ def checkpoint_scan(
     >>> jax.grad(lambda w: stack(w, jnp.ones(8)).sum())(weights).shape
     (6, 8, 8)
     """
-    setting = make_setting(length, blocks_per_ckpt, policy, has_aux, per_block, unroll, stages)
+    setting = make_setting(length, blocks_per_ckpt, policy, has_aux, per_block, unroll, stages, engine)
     if isinstance(block, (list, tuple, nnx.List)):
         return _from_list(list(block), setting)
     if isinstance(block, nn.Module):

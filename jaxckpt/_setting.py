@@ -10,6 +10,7 @@ import numpy as np
 from jaxckpt import policies
 from jaxckpt.policies.grammar import JaxPolicy, Policy
 
+ENGINES = ("scan", "reversal")
 Stages = None | Literal["auto"] | int | tuple[str, ...]  # pieces at most, or the tags to cut behind
 
 
@@ -27,6 +28,7 @@ class Setting:
     per_block: tuple[str, ...]
     unroll: int | None  # None: all. Not True, which equals 1: stacks are cached by their settings
     stages: Stages
+    engine: str
 
 
 def make_setting(
@@ -37,6 +39,7 @@ def make_setting(
     per_block: Sequence[str],
     unroll: int | bool,
     stages: int | str | None = None,
+    engine: str = "scan",
 ) -> Setting:
     """The checked knobs, with the default policy filled in: what each is allowed to be stands in its error."""
     if length is not None and (not is_integer(length) or length < 1):
@@ -61,6 +64,7 @@ def make_setting(
         per_block=names,
         unroll=None if unroll is True else max(operator.index(unroll), 1),
         stages=_stages(stages),
+        engine=_engine(engine, unroll),
     )
 
 
@@ -77,6 +81,14 @@ def _stages(given: object) -> Stages:
         "stages, the pieces that a block is cut into, must be None, 'auto', an integer of at least 1 (pieces at most) or "
         f"tags to cut behind, as in 'tags:z1,z2'; got {given!r}"
     )
+
+
+def _engine(given: object, unroll: object) -> str:
+    if given not in ENGINES:
+        raise ValueError(f"engine, which runs the backward pass, must be one of {', '.join(map(repr, ENGINES))}; got {given!r}")
+    if given == "reversal" and unroll not in (1, False):
+        raise ValueError(f"unroll={unroll!r} is of the scan engine; the reversal engine has one block in a loop's body")
+    return str(given)
 
 
 def is_integer(value: object) -> bool:

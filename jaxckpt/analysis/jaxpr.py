@@ -322,6 +322,27 @@ def forwarded(jaxpr: Any) -> list[int | None]:
     return [None if isinstance(var, core.Literal) else source.get(var) for var in jaxpr.outvars]
 
 
+def dependent(jaxpr: Any, inputs: Sequence[int]) -> set[Any]:
+    """The variables that depend on any of these inputs."""
+    found = {jaxpr.invars[i] for i in inputs}
+    for eqn in jaxpr.eqns:
+        if any(not isinstance(var, core.Literal) and var in found for var in eqn.invars):
+            found.update(eqn.outvars)
+    return found
+
+
+def selected(closed: Any, outputs: Sequence[int]) -> Any:
+    """The jaxpr with only these outputs, and only the equations that they need."""
+    outvars = [closed.jaxpr.outvars[i] for i in outputs]
+    needed = {var for var in outvars if not isinstance(var, core.Literal)}
+    eqns = []
+    for eqn in reversed(closed.jaxpr.eqns):
+        if needed.intersection(eqn.outvars):
+            eqns.append(eqn)
+            needed.update(var for var in eqn.invars if not isinstance(var, core.Literal))
+    return core.ClosedJaxpr(closed.jaxpr.replace(outvars=outvars, eqns=eqns[::-1]), closed.consts)
+
+
 def _transparent(eqn: Any) -> Any:
     closed = _transparent_closed(eqn)
     return None if closed is None else closed.jaxpr

@@ -22,6 +22,7 @@ from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis.stages import cuts_at_tags, find_cuts, in_pieces
 from jaxckpt.engine import check
 from jaxckpt.engine.offload import guard_offload
+from jaxckpt.engine.reversal import Inputs, reverse_blocks
 from jaxckpt.engine.scan import scan_blocks
 from jaxckpt.policies.grammar import JaxPolicy, everything, nothing
 
@@ -120,20 +121,29 @@ class Run:
             constants: of the block's jaxpr.
             as_function: makes a function of a jaxpr whose first equation is of that number in the block.
         """
-        closed = jx.with_constants(self.closed, constants)
-        if self.cuts:
-            keep = nothing if self.keep is everything else self.keep
-            piece = functools.partial(jax.checkpoint, policy=keep, prevent_cse=True)
-            block = in_pieces(closed, self.cuts, piece, as_function)
-        else:
-            block = as_function(closed, 0)
+        moving = [carry[i] for i in self.moving]
+        passed = [leaf for i, leaf in enumerate(carry) if i not in self.moving]
+        inputs = Inputs(constants, xs, mark(moving), [*passed, *arrays])
 
-        def step(moved, x):
-            out = block(*x, *replaced(carry, self.moving, moved), *arrays)
+        def step(inputs: Inputs) -> tuple[list[Any], list[Any]]:
+            closed = jx.with_constants(self.closed, inputs.constants)
+            if self.cuts:
+                keep = nothing if self.keep is everything else self.keep
+                piece = functools.partial(jax.checkpoint, policy=keep, prevent_cse=True)
+                block = in_pieces(closed, self.cuts, piece, as_function)
+            else:
+                block = as_function(closed, 0)
+            passed, arrays = iter(inputs.shared[: len(carry) - len(moving)]), inputs.shared[len(carry) - len(moving) :]
+            moved = iter(inputs.carry)
+            given = [next(moved if i in self.moving else passed) for i in range(len(carry))]
+            out = block(*inputs.xs, *given, *arrays)
             return [out[i] for i in self.moving], [out[i] for i in self.computed]
 
-        first = mark([carry[i] for i in self.moving])
-        last, ys = scan_blocks(step, first, xs, self.length, self.setting, self.keep)
+        if self.setting.engine == "reversal":
+            last, ys = reverse_blocks(step, inputs, self.length, self.setting, self.keep)
+        else:
+            scanned = lambda moved, x: step(inputs._replace(xs=x, carry=moved))  # noqa: E731
+            last, ys = scan_blocks(scanned, inputs.carry, xs, self.length, self.setting, self.keep)
         return replaced(carry, self.moving, mark(last)), ys
 
 
