@@ -25,7 +25,9 @@ def checkpoint_scan(
     per_block: Sequence[str] = (),
     unroll: int | bool = 1,
     stages: int | str | None = None,
-    engine: str = "scan",
+    snapshots: int | None = None,
+    offload_carry: bool = False,
+    engine: str | None = None,
 ) -> Callable[..., Any]:
     """A stack of `length` equal blocks, run by one `lax.scan` and checkpointed as told.
 
@@ -67,7 +69,7 @@ def checkpoint_scan(
     >>> jax.grad(lambda w: stack(w, jnp.ones(8)).sum())(weights).shape
     (6, 8, 8)
     """
-    setting = make_setting(length, blocks_per_ckpt, policy, has_aux, per_block, unroll, stages, engine)
+    setting = make_setting(length, blocks_per_ckpt, policy, has_aux, per_block, unroll, stages, snapshots, offload_carry, engine)
     if isinstance(block, (list, tuple, nnx.List)):
         return _from_list(list(block), setting)
     if isinstance(block, nn.Module):

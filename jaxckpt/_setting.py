@@ -28,6 +28,8 @@ class Setting:
     per_block: tuple[str, ...]
     unroll: int | None  # None: all. Not True, which equals 1: stacks are cached by their settings
     stages: Stages
+    snapshots: int | None
+    offload_carry: bool
     engine: str
 
 
@@ -39,7 +41,9 @@ def make_setting(
     per_block: Sequence[str],
     unroll: int | bool,
     stages: int | str | None = None,
-    engine: str = "scan",
+    snapshots: int | None = None,
+    offload_carry: bool = False,
+    engine: str | None = None,
 ) -> Setting:
     """The checked knobs, with the default policy filled in: what each is allowed to be stands in its error."""
     if length is not None and (not is_integer(length) or length < 1):
@@ -47,6 +51,8 @@ def make_setting(
     if blocks_per_ckpt is not None:
         check_blocks_per_ckpt(blocks_per_ckpt, length)
         blocks_per_ckpt = operator.index(blocks_per_ckpt)
+    if snapshots is not None:
+        check_snapshots(snapshots, length, blocks_per_ckpt)
     if policy is None:
         policy = "nothing" if blocks_per_ckpt is None else "everything"
     if not isinstance(unroll, bool) and (not is_integer(unroll) or unroll < 1):
@@ -64,7 +70,9 @@ def make_setting(
         per_block=names,
         unroll=None if unroll is True else max(operator.index(unroll), 1),
         stages=_stages(stages),
-        engine=_engine(engine, unroll),
+        snapshots=None if snapshots is None else operator.index(snapshots),
+        offload_carry=bool(offload_carry),
+        engine=_engine(engine, unroll, snapshots),
     )
 
 
@@ -83,17 +91,33 @@ def _stages(given: object) -> Stages:
     )
 
 
-def _engine(given: object, unroll: object) -> str:
-    if given not in ENGINES:
-        raise ValueError(f"engine, which runs the backward pass, must be one of {', '.join(map(repr, ENGINES))}; got {given!r}")
-    if given == "reversal" and unroll not in (1, False):
-        raise ValueError(f"unroll={unroll!r} is of the scan engine; the reversal engine has one block in a loop's body")
-    return str(given)
+def _engine(given: object, unroll: object, snapshots: object) -> str:
+    """The engine that is asked for, or that the other knobs need."""
+    if given is not None and given not in ENGINES:
+        raise ValueError(f"engine, which runs the backward pass, must be {' or '.join(map(repr, ENGINES))}; got {given!r}")
+    engine = str(given or ("scan" if snapshots is None else "reversal"))
+    if engine == "scan" and snapshots is not None:
+        raise ValueError(f"snapshots={snapshots!r} is of the reversal engine: leave engine='scan' away, or snapshots")
+    if engine == "reversal" and unroll is not False and unroll != 1:
+        raise ValueError(f"unroll={unroll!r} is of the scan engine; the reversal engine has one block in each loop body")
+    return engine
 
 
 def is_integer(value: object) -> bool:
     """Whether `value` is an integer; NumPy's are, `True` and `2.0` are not."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def check_snapshots(value: object, length: int | None, blocks_per_ckpt: int | None) -> None:
+    """Refuses a number of snapshots that is not an integer from 1 to the number of chunks."""
+    chunks = None if length is None else -(-length // (blocks_per_ckpt or 1))
+    if is_integer(value) and value >= 1 and (chunks is None or value <= chunks):  # pyright: ignore[reportOperatorIssue]
+        return
+    upper = "the number of chunks" if chunks is None else f"the number of chunks, {chunks}"
+    raise ValueError(
+        f"snapshots, the inputs of chunks that are stored at once, must be an integer between 1 and {upper}; got {value!r} "
+        f"of type {type(value).__name__}. Write None to store all of them."
+    )
 
 
 def check_blocks_per_ckpt(value: object, length: int | None) -> None:

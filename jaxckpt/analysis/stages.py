@@ -8,13 +8,22 @@ bytes that cross the cuts before it, each value once, plus the bytes that autodi
 cut behind it (the cotangents). The cuts that make the largest of these peaks the least are found by dynamic programming.
 What XLA fuses away is not known here, so that the smaller pieces may be the larger ones in truth: among all cuts that come
 within 2 percent of the least peak, those with the least sum of squares are taken.
+
+A piece is differentiated by running it again and then going backwards. XLA sees both in one and may begin to go backwards
+while the other half is still to be run, with both halves' values alive. So the gradients that enter a piece wait until all
+that autodiff wants of it is there: 18.75 GiB instead of 21.85 for 48 Pairformer blocks of 768 tokens (compiled for H200, JAX
+0.10.2). `optimization_barrier` would not do: it is gone when XLA puts the operations in order.
 """
 
+import functools
 import itertools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+from jax import lax
 from jax.extend import core
 
 from jaxckpt.analysis import jaxpr as jx
@@ -23,12 +32,42 @@ _MOST_CANDIDATES = 200
 _SLACK = 1.02
 
 
-def find_cuts(closed: Any, carried: Sequence[int], most: int | None = None) -> list[int]:
+class Piece(NamedTuple):
+    """The equations from `begin` to `end` of an inlined jaxpr.
+
+    Fields:
+        last: the equations whose values are the last that autodiff wants: it wants others only on the way to them.
+    """
+
+    begin: int
+    end: int
+    last: list[int]
+
+
+def pieces_between(closed: Any, cuts: Sequence[int], wanted: Sequence[int]) -> list[Piece]:
+    """The pieces that cuts leave; `wanted` is what `jx.residual_bytes` found."""
+    pieces = []
+    for begin, end in itertools.pairwise([0, *cuts, len(closed.jaxpr.eqns)]):
+        on_the_way: set[Any] = set()
+        last = []
+        for i in reversed(range(begin, end)):
+            eqn = closed.jaxpr.eqns[i]
+            if on_the_way.isdisjoint(eqn.outvars):
+                if not wanted[i]:
+                    continue
+                last.append(i)
+            on_the_way.update(var for var in eqn.invars if not isinstance(var, core.Literal))
+        pieces.append(Piece(begin, end, last[::-1]))
+    return pieces
+
+
+def find_cuts(closed: Any, carried: Sequence[int], wanted: Sequence[int], most: int | None = None) -> list[int]:
     """The best cuts, as numbers of the equations before which they stand; none where the block is best left whole.
 
     Arguments:
         closed: an inlined jaxpr.
         carried: which inputs count where they are still needed behind a cut; all others are there anyway.
+        wanted: for each equation the bytes that autodiff wants of it, see `jx.residual_bytes`.
         most: the number of pieces at most.
     """
     n = len(closed.jaxpr.eqns)
@@ -44,7 +83,7 @@ def find_cuts(closed: Any, carried: Sequence[int], most: int | None = None) -> l
     for i in range(1, n + 2):
         live[i] += live[i - 1]
     points = [0, *_minima(live, n), n]
-    wanted = _prefix_sums(jx.residual_bytes(closed))
+    wanted = _prefix_sums(wanted)
 
     new, own = {}, {}  # of the piece between two points: bytes that cross its end and not its beginning; its own peak
     for j, b in enumerate(points[1:], 1):
@@ -119,7 +158,7 @@ Flat = Callable[..., list[Any]]
 
 
 def in_pieces(
-    closed: Any, cuts: Sequence[int], wrap: Callable[[Flat], Flat], as_function: Callable[[Any, int], Flat] = jx.as_function
+    closed: Any, pieces: Sequence[Piece], wrap: Callable[[Flat], Flat], as_function: Callable[[Any, int], Flat] = jx.as_function
 ) -> Flat:
     """A function of flat arguments that runs an inlined jaxpr piece by piece, each piece wrapped.
 
@@ -128,23 +167,54 @@ def in_pieces(
     """
     jaxpr = closed.jaxpr
     ends = _last_uses(jaxpr)
-    bounds = [0, *cuts, len(jaxpr.eqns)]
-    pieces = []
-    for a, b in itertools.pairwise(bounds):
-        eqns = jaxpr.eqns[a:b]
+    parts = []
+    for begin, end, last in pieces:
+        eqns = jaxpr.eqns[begin:end]
         made = {var: None for eqn in eqns for var in eqn.outvars}
         used = {var: None for eqn in eqns for var in eqn.invars if not isinstance(var, core.Literal) and var not in made}
-        out = [var for var in made if ends.get(var, -1) >= b]
-        piece = core.Jaxpr([], list(used), out, eqns, debug_info=jaxpr.debug_info)
-        pieces.append((wrap(as_function(core.ClosedJaxpr(piece, []), a)), list(used), out))
+        out = [var for var in made if ends.get(var, -1) >= end]
+        awaited = [v for i in last for v in jaxpr.eqns[i].outvars if v in made and jnp.issubdtype(v.aval.dtype, jnp.inexact)]
+        part = core.Jaxpr([], list(used), [*out, *awaited], eqns, debug_info=jaxpr.debug_info)
+        run_part = as_function(core.ClosedJaxpr(part, []), begin)
+        parts.append((wrap(functools.partial(_awaited, run_part, len(out))), list(used), out))
 
     def run(*inputs: Any) -> list[Any]:
         values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*closed.consts, *inputs], strict=True))
-        for piece, used, out in pieces:
-            values.update(zip(out, piece(*(values[var] for var in used)), strict=True))
+        for run_part, used, out in parts:
+            values.update(zip(out, run_part(*(values[var] for var in used)), strict=True))
         return [var.val if isinstance(var, core.Literal) else values[var] for var in jaxpr.outvars]
 
     return run
+
+
+def _awaited(fn: Flat, count: int, *inputs: Any) -> list[Any]:
+    """The first `count` of what `fn` returns; gradients of them wait for the others."""
+    out = fn(*inputs)
+    return _waiting(out[:count], out[count:])
+
+
+@jax.custom_jvp
+def _waiting(values: list[Any], awaited: list[Any]) -> list[Any]:
+    return values
+
+
+@_waiting.defjvp
+def _(primals, tangents):
+    values, awaited = primals
+    if not awaited:
+        return values, tangents[0]
+    is_there = functools.reduce(operator.or_, map(_some_bits, awaited), jnp.uint32(1)) != 0  # always, and XLA cannot know
+    return values, [t if t.dtype == jax.dtypes.float0 else jnp.where(is_there, t, 0) for t in tangents[0]]
+
+
+def _some_bits(value: Any) -> jax.Array:
+    """The bits of a number that cannot be had before `value`: its first, or the largest along axes split over devices."""
+    spec = jax.typeof(value).sharding.spec
+    for axis in reversed(range(value.ndim)):
+        if spec[axis] is None:
+            value = lax.index_in_dim(value, 0, axis, keepdims=False)
+    number = jnp.max(jnp.real(value)).astype(jnp.float32)
+    return lax.bitcast_convert_type(number, jnp.uint32)
 
 
 def _last_uses(jaxpr: Any) -> dict[Any, int]:

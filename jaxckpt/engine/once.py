@@ -1,20 +1,17 @@
 """Guards of what can be differentiated once, in reverse: they say so where JAX would speak of `custom_vjp` and `while`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-INSTEAD = (
-    "the reversal engine runs the blocks of a stack backwards once, and {} needs more than that: write engine='scan', which "
-    "all of JAX's transformations go through"
-)
 
-
-def reverse_only(x: Any) -> Any:
-    """`x`, whose tangent may be transposed but not computed."""
-    return reverse_only_p.bind(x)
+def reverse_only(arrays: Sequence[Any]) -> jax.Array:
+    """A number for a `custom_vjp` to take beside `arrays`, whose tangent can be transposed, and not computed."""
+    return reverse_only_p.bind(*arrays)
 
 
 def differentiated_once(x: Any) -> Any:
@@ -22,32 +19,41 @@ def differentiated_once(x: Any) -> Any:
     return once_p.bind(x)
 
 
-def _refuse_forward(*args: Any, **params: Any) -> Any:
-    raise TypeError(INSTEAD.format("forward mode (jvp, linearize, jacfwd)"))
+def _refuse(*args: Any, **params: Any) -> Any:
+    raise TypeError(
+        "the reversal engine has no forward mode (jvp, linearize, jacfwd) and no second derivatives (hessian, grad of grad): "
+        "write engine='scan', which has both"
+    )
 
 
-def _refuse_second(*args: Any, **params: Any) -> Any:
-    raise TypeError(INSTEAD.format("a derivative of a gradient (hessian, grad of grad)"))
-
-
-def _identity(name: str) -> Primitive:
+def _number(name: str) -> Primitive:
     primitive = Primitive(name)
-    primitive.def_abstract_eval(lambda x: x)
-    batching.defvectorized(primitive)
+    primitive.def_abstract_eval(lambda *arrays: jax.typeof(jnp.float32(0)))
     return primitive
 
 
-tangent_p = _identity("jaxckpt_tangent")
-tangent_p.def_impl(_refuse_forward)
-mlir.register_lowering(tangent_p, _refuse_forward)
-ad.deflinear2(tangent_p, lambda ct, x: [ct])
+reverse_only_p = _number("jaxckpt_reverse_only")
+reverse_only_p.def_impl(lambda *arrays: jnp.float32(0))
+batching.primitive_batchers[reverse_only_p] = lambda arrays, axes: (reverse_only_p.bind(), None)
+mlir.register_lowering(reverse_only_p, mlir.lower_fun(lambda *arrays: jnp.float32(0), multiple_results=False))
 
-reverse_only_p = _identity("jaxckpt_reverse_only")
-reverse_only_p.def_impl(lambda x: x)
-mlir.register_lowering(reverse_only_p, lambda ctx, x: [x])
-ad.defjvp(reverse_only_p, lambda tangent, x: tangent_p.bind(tangent))
 
-once_p = _identity("jaxckpt_once")
+def _jvp(primals, tangents):
+    tangents = [t for t in tangents if not isinstance(t, ad.Zero)]
+    return reverse_only_p.bind(*primals), tangent_p.bind(*tangents)
+
+
+ad.primitive_jvps[reverse_only_p] = _jvp
+
+tangent_p = _number("jaxckpt_tangent")
+tangent_p.def_impl(_refuse)
+batching.primitive_batchers[tangent_p] = _refuse
+mlir.register_lowering(tangent_p, _refuse)
+ad.primitive_transposes[tangent_p] = lambda ct, *tangents: [ad.Zero(t.aval) for t in tangents]
+
+once_p = Primitive("jaxckpt_once")
 once_p.def_impl(lambda x: x)
+once_p.def_abstract_eval(lambda x: x)
+ad.primitive_jvps[once_p] = _refuse
+batching.defvectorized(once_p)
 mlir.register_lowering(once_p, lambda ctx, x: [x])
-ad.primitive_jvps[once_p] = _refuse_second

@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxckpt._leaves import is_array, replaced, stacked_length
-from jaxckpt._setting import Setting, check_blocks_per_ckpt
+from jaxckpt._setting import Setting, check_blocks_per_ckpt, check_snapshots
 from jaxckpt.analysis import jaxpr as jx
-from jaxckpt.analysis.stages import cuts_at_tags, find_cuts, in_pieces
+from jaxckpt.analysis.stages import Piece, cuts_at_tags, find_cuts, in_pieces, pieces_between
 from jaxckpt.engine import check
 from jaxckpt.engine.offload import guard_offload
 from jaxckpt.engine.reversal import Inputs, reverse_blocks
@@ -54,6 +54,8 @@ def run_stack(
     """
     if setting.blocks_per_ckpt is not None:
         check_blocks_per_ckpt(setting.blocks_per_ckpt, length)
+    if setting.snapshots is not None:
+        check_snapshots(setting.snapshots, length, setting.blocks_per_ckpt)
     check.carry_given(carry, names)
     check.layers_whole(xs, names)
     token = observed.set(None)
@@ -69,13 +71,13 @@ def run_stack(
     sources, rest_sources = sources[: len(traced.carry)], sources[len(traced.carry) :]
     # What a block returns of its own slice of `xs` unchanged, parameters above all, is `xs` and not a copy of it.
     own = {i: x_leaves[source] for i, source in enumerate(rest_sources) if source is not None and source < len(x_leaves)}
-    closed, cuts = _cut(setting, traced, len(x_leaves), names)
+    closed, pieces = _cut(setting, traced, len(x_leaves), names)
     run = Run(
         setting=setting,
         length=length,
         names=names,
         closed=closed,
-        cuts=cuts,
+        pieces=pieces,
         keep=keep,
         # A carry that all blocks pass through unchanged is shared: it stays out of the scan, which would store it per block.
         moving=[i for i, source in enumerate(sources) if source != len(x_leaves) + i],
@@ -99,7 +101,7 @@ class Run:
     length: int
     names: check.Names
     closed: Any  # of one block: slices of `xs`, carry and shared arrays in, carry and the rest out
-    cuts: Sequence[int]  # the equations before which a new piece begins; `closed` is inlined where there are any
+    pieces: Sequence[Piece]  # into which the block is cut, if it is; then `closed` is inlined
     keep: JaxPolicy
     moving: list[int]  # the carry's leaves that the blocks change
     computed: list[int]  # the other outputs that are no slices of `xs`
@@ -127,10 +129,10 @@ class Run:
 
         def step(inputs: Inputs) -> tuple[list[Any], list[Any]]:
             closed = jx.with_constants(self.closed, inputs.constants)
-            if self.cuts:
+            if self.pieces:
                 keep = nothing if self.keep is everything else self.keep
                 piece = functools.partial(jax.checkpoint, policy=keep, prevent_cse=True)
-                block = in_pieces(closed, self.cuts, piece, as_function)
+                block = in_pieces(closed, self.pieces, piece, as_function)
             else:
                 block = as_function(closed, 0)
             passed, arrays = iter(inputs.shared[: len(carry) - len(moving)]), inputs.shared[len(carry) - len(moving) :]
@@ -200,8 +202,8 @@ def _trace(block: Block, setting: Setting, xs: Any, carry: tuple, shared: dict[s
     return _Traced(closed, leaves, trees["carry"], arrays, trees["rest"])
 
 
-def _cut(setting: Setting, traced: "_Traced", slices: int, names: check.Names) -> tuple[Any, list[int]]:
-    """The block's jaxpr, inlined where it is cut, and the cuts."""
+def _cut(setting: Setting, traced: "_Traced", slices: int, names: check.Names) -> tuple[Any, list[Piece]]:
+    """The block's jaxpr, inlined where it is cut, and the pieces."""
     if setting.stages is None:
         return traced.closed, []
     if traced.closed.effects:
@@ -210,6 +212,7 @@ def _cut(setting: Setting, traced: "_Traced", slices: int, names: check.Names) -
             "blocks without: take debugging output out of the block, or leave stages away"
         )
     flat = jx.inlined(traced.closed, checkpoints=True)
+    wanted = jx.residual_bytes(flat)
     if isinstance(setting.stages, tuple):
         try:
             cuts = cuts_at_tags(flat, setting.stages)
@@ -217,11 +220,11 @@ def _cut(setting: Setting, traced: "_Traced", slices: int, names: check.Names) -
             raise ValueError(f"{names.block}: {error}") from None
     else:
         most = None if setting.stages == "auto" else setting.stages
-        cuts = find_cuts(flat, range(slices, slices + len(traced.carry)), most)
+        cuts = find_cuts(flat, range(slices, slices + len(traced.carry)), wanted, most)
     if not cuts:
         warnings.warn(f"{names.block}: stages={setting.stages!r} found nothing to cut; the block stays whole", stacklevel=2)
         return traced.closed, []
-    return flat, cuts
+    return flat, pieces_between(flat, cuts, wanted)
 
 
 def _resolve(setting: Setting, closed: Any, names: check.Names) -> JaxPolicy:

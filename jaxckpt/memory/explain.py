@@ -212,15 +212,15 @@ def explain(
     # In a chunk of one, the whole block is differentiated at once, whatever the policy.
     in_chunk = replace(run, setting=whole, length=alive, **({"keep": everything} if per_chunk == 1 else {}))
     kept = _residuals(in_chunk)
-    wanted = _residuals(replace(in_chunk, keep=everything, cuts=()))
+    wanted = _residuals(replace(in_chunk, keep=everything, pieces=()))
     stored = kept if per_chunk is None else _residuals(run)
-    without = wanted if alive == run.length else _residuals(replace(run, setting=whole, keep=everything, cuts=()))
+    without = wanted if alive == run.length else _residuals(replace(run, setting=whole, keep=everything, pieces=()))
     return Explanation(
         block=run.names.block,
         length=run.length,
         blocks_per_ckpt=per_chunk,
         policy=str(run.setting.policy),
-        pieces=len(run.cuts) + 1,
+        pieces=max(len(run.pieces), 1),
         values=tuple(_rows(run, kept, wanted, alive, costs)),
         stored_bytes=sum(r.bytes for r in stored if not r.is_host),
         host_bytes=sum(r.bytes for r in stored if r.is_host),
@@ -252,7 +252,7 @@ def _seconds(run: Run, kept: list[_Residual], wanted: list[_Residual], costs: li
     # The block's own checkpoints are run again when they are differentiated, whatever is kept around them.
     own = sum(c.seconds for c, eqn in zip(costs, eqns, strict=True) if jx.is_checkpoint(eqn))
     rerun = own + sum(costs[i].seconds for i in again)
-    if run.cuts and run.keep is not everything:  # once to get at what crosses the cuts, and piece by piece
+    if run.pieces and run.keep is not everything:  # once to get at what crosses the cuts, and piece by piece
         rerun *= 2
     return {"forward_seconds": sum(c.seconds for c in costs), "rerun_seconds": rerun}
 

@@ -4,7 +4,7 @@ import pytest
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxckpt.analysis import jaxpr as jx
-from jaxckpt.analysis.stages import cuts_at_tags, find_cuts, in_pieces
+from jaxckpt.analysis.stages import cuts_at_tags, find_cuts, in_pieces, pieces_between
 from tests.support import random_like, relative_error
 
 WIDE = 64
@@ -33,9 +33,13 @@ def leaves_of(args):
     return leaves
 
 
+def cuts_of(flat, carried, most=None):
+    return find_cuts(flat, carried, jx.residual_bytes(flat), most)
+
+
 def test_cuts_where_little_is_alive():
     flat = traced(hills, W, X)
-    cuts = find_cuts(flat, carried=[6])
+    cuts = cuts_of(flat, carried=[6])
     after = [jx.tag_of(flat.jaxpr.eqns[cut - 1]) or flat.jaxpr.eqns[cut - 1].primitive.name for cut in cuts]
     assert len(cuts) == 2 and set(after) <= {"low0", "low1", "dot_general"}
     crossing = [flat.jaxpr.eqns[cut - 1].outvars[0].aval.shape for cut in cuts]
@@ -44,11 +48,11 @@ def test_cuts_where_little_is_alive():
 
 @pytest.mark.parametrize("most", [1, 2, 3, 9])
 def test_at_most_so_many_pieces(most):
-    assert len(find_cuts(traced(hills, W, X), carried=[6], most=most)) == min(most, 3) - 1
+    assert len(cuts_of(traced(hills, W, X), carried=[6], most=most)) == min(most, 3) - 1
 
 
 def test_nothing_to_cut():
-    assert find_cuts(traced(lambda w, x: x @ w, jnp.ones((4, 4)), X), carried=[1]) == []
+    assert cuts_of(traced(lambda w, x: x @ w, jnp.ones((4, 4)), X), carried=[1]) == []
 
 
 def test_tags():
@@ -73,11 +77,27 @@ def twice(w, x):
 def test_pieces_compute_what_the_whole_does(fn, cuts):
     flat = traced(fn, W, X)
     cuts = range(1, len(flat.jaxpr.eqns)) if cuts == "each" else cuts
-    run = in_pieces(flat, cuts, jax.checkpoint)
+    run = in_pieces(flat, pieces_between(flat, cuts, jx.residual_bytes(flat)), jax.checkpoint)
     leaves = leaves_of((W, X))
     got = jax.value_and_grad(lambda leaves: (run(*leaves)[0] ** 2).sum())(leaves)
     want = jax.value_and_grad(lambda args: (fn(*args) ** 2).sum())((W, X))
     assert relative_error(got, (want[0], jax.tree.leaves(want[1]))) < 1e-5
+
+
+def test_gradients_wait_for_the_last_that_autodiff_wants():
+    """Of two halves that meet in a product, both must be there before the product is differentiated."""
+
+    def fn(x):
+        a, b = jnp.sin(jnp.cos(x)), jnp.tanh(x)
+        return jnp.exp(2.0 * a) * b + 1.0
+
+    flat = traced(fn, X)
+    (piece,) = pieces_between(flat, [], jx.residual_bytes(flat))
+    names = [eqn.primitive.name for eqn in flat.jaxpr.eqns]
+    assert [names[i] for i in piece.last] == ["tanh", "exp"], names
+    run = in_pieces(flat, [piece], jax.checkpoint)
+    text = jax.jit(jax.grad(lambda x: run(x)[0].sum())).lower(X).as_text()
+    assert text.count("stablehlo.bitcast_convert") == 2 and "stablehlo.select" in text
 
 
 def test_inlining_keeps_own_derivatives_and_loops_whole():

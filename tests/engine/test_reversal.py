@@ -1,0 +1,306 @@
+"""The reversal engine: gradients, what it stores, how often it runs a block, and what it says it cannot do."""
+
+import itertools
+import math
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import Literal
+from jax.sharding import PartitionSpec as P
+
+from jaxckpt import checkpoint_scan
+from jaxckpt.engine.schedule import least_advances
+from tests.support import QUICK, plain_loop, random_like, relative_error
+
+N = 7
+reversed_scan = partial(checkpoint_scan, engine="reversal")
+
+
+def block(w, x, *, mask, scale=1.0):
+    h = checkpoint_name(jnp.tanh(x @ w["up"]) * mask, "h")
+    return x + scale * jnp.sin(h @ w["down"]) + jnp.exp(-mask.sum()) * w["bias"]
+
+
+W = {"up": jnp.zeros((N, 4, 5)), "down": jnp.zeros((N, 5, 4)), "bias": jnp.zeros((N, 1, 4))}
+
+
+def inputs(dtype="float32"):
+    return random_like(jax.tree.map(lambda a: a.astype(dtype), (W, jnp.zeros((3, 4)), jnp.zeros((3, 5)))))
+
+
+def value_and_gradients(fn, *args, jit=True):
+    """The value and all gradients, for a random cotangent."""
+
+    def run(*args):
+        value, vjp = jax.vjp(fn, *args)
+        return value, vjp(random_like(value, seed=1))
+
+    return (jax.jit(run, compiler_options=QUICK) if jit else run)(*args)
+
+
+def of_stack(stack):
+    return lambda w, x, mask: stack(w, x, mask=mask)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("policy", ["everything", "nothing", "dots", "save:h", "except:h"])
+@pytest.mark.parametrize("k", [None, 1, 2, 3, N])
+def test_equals_the_plain_loop(k, policy):
+    got = value_and_gradients(of_stack(reversed_scan(block, blocks_per_ckpt=k, policy=policy)), *inputs("float64"))
+    want = value_and_gradients(of_stack(partial(plain_loop, block)), *inputs("float64"))
+    assert relative_error(got, want) < 1e-12
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize(
+    "k, snapshots", [(k, s) for k in (None, 2, 3) for s in range(1, math.ceil(N / (k or 1)) + 1)], ids=str
+)
+def test_snapshots_equal_the_plain_loop(k, snapshots, offload):
+    stack = checkpoint_scan(block, blocks_per_ckpt=k, snapshots=snapshots, offload_carry=offload)
+    got = value_and_gradients(of_stack(stack), *inputs("float64"))
+    assert relative_error(got, value_and_gradients(of_stack(partial(plain_loop, block)), *inputs("float64"))) < 1e-12
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("knobs", [{}, {"blocks_per_ckpt": 2}, {"blocks_per_ckpt": 3, "policy": "dots"}, {"snapshots": 2}], ids=str)
+def test_pieces_equal_the_plain_loop(knobs):
+    got = value_and_gradients(of_stack(reversed_scan(block, stages="tags:h", **knobs)), *inputs("float64"))
+    assert relative_error(got, value_and_gradients(of_stack(partial(plain_loop, block)), *inputs("float64"))) < 1e-12
+
+
+def counting(w, carry, *, mask, drop):
+    """A key and an integer in the carry, per-block values, aux of both kinds, a carry that is passed through."""
+    x, key, n, same = carry
+    key, own = jax.random.split(key)
+    x = block(w, x, mask=mask * jax.random.bernoulli(own, 0.7, mask.shape) * drop) + same
+    return (x, key, n + 1, same), {"norm": (x**2).sum(), "n": n}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("knobs", [{}, {"blocks_per_ckpt": 3}, {"blocks_per_ckpt": 2, "snapshots": 2}, {"policy": "dots"}], ids=str)
+def test_keys_integers_aux_and_per_block_arguments(knobs):
+    w, x, mask = inputs("float64")
+    drop = jnp.linspace(0.1, 1, N)
+
+    def plain(w, x, mask, drop, same):
+        carry, aux = (x, jax.random.key(0), 0, same), []
+        for i in range(N):
+            carry, a = counting(jax.tree.map(lambda leaf, i=i: leaf[i], w), carry, mask=mask, drop=drop[i])
+            aux.append(a)
+        return carry[0], carry[3], jnp.stack([a["norm"] for a in aux])
+
+    def ours(w, x, mask, drop, same):
+        stack = reversed_scan(counting, has_aux=True, per_block="drop", **knobs)
+        (x, _, n, same), aux = stack(w, (x, jax.random.key(0), 0, same), mask=mask, drop=drop)
+        assert n.dtype == aux["n"].dtype and aux["n"].shape == (N,)
+        return x, same, aux["norm"]
+
+    args = w, x, mask, drop, jnp.ones((3, 4)) / 8
+    assert relative_error(value_and_gradients(ours, *args), value_and_gradients(plain, *args)) < 1e-12
+
+
+def test_without_jit_too():
+    stack = reversed_scan(block, blocks_per_ckpt=3)
+    got = value_and_gradients(of_stack(stack), *inputs(), jit=False)
+    assert relative_error(got, value_and_gradients(of_stack(stack), *inputs())) < 1e-5
+
+
+@pytest.mark.parametrize("knobs", [{}, {"blocks_per_ckpt": 2, "policy": "nothing"}, {"blocks_per_ckpt": 7}], ids=str)
+def test_the_same_bits_as_the_scan_engine(knobs):
+    """But for gradients of what blocks share: the scan engine adds those of a chunk first."""
+    *args, mask = inputs()
+    ours, others = (
+        value_and_gradients(lambda w, x, e=e: checkpoint_scan(block, engine=e, **knobs)(w, x, mask=mask), *args)
+        for e in ("reversal", "scan")
+    )
+    assert all((a == b).all() for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(others), strict=True))
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, deterministic=False):
+        h = nn.Dropout(0.5, deterministic=deterministic)(nn.Dense(6)(x))
+        self.sow("intermediates", "norm", (h**2).sum())
+        return x + nn.BatchNorm(use_running_average=False)(nn.Dense(4)(jnp.tanh(h)))
+
+
+@pytest.mark.parametrize("knobs", [{}, {"blocks_per_ckpt": 2}, {"snapshots": 2}], ids=str)
+def test_linen_with_dropout_statistics_and_sow(knobs):
+    x = random_like(jnp.zeros((3, 4)))
+
+    def run(engine):
+        stack = checkpoint_scan(Block, 5, engine=engine, **(knobs if engine == "reversal" else {}))()
+        variables = stack.init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, x)
+
+        def loss(params):
+            y, new = stack.apply(
+                variables | {"params": params}, x, rngs={"dropout": jax.random.key(2)}, mutable=["batch_stats", "intermediates"]
+            )
+            return (y * x).sum(), new
+
+        return jax.value_and_grad(loss, has_aux=True)(variables["params"])
+
+    assert relative_error(run("reversal"), run("scan")) < 1e-5
+
+
+def test_nnx_list():
+    class Layer(nnx.Module):
+        def __init__(self, rngs):
+            self.dense = nnx.Linear(4, 4, rngs=rngs)
+
+        def __call__(self, x):
+            return x + jnp.tanh(self.dense(x))
+
+    layers = [Layer(nnx.Rngs(i)) for i in range(4)]
+    x = random_like(jnp.zeros((3, 4)))
+    loss = lambda stack: (stack(x) ** 2).sum()  # noqa: E731
+    got = nnx.grad(loss)(reversed_scan(layers, blocks_per_ckpt=2))
+    assert relative_error(got, nnx.grad(loss)(checkpoint_scan(layers))) < 1e-5
+
+
+# --- what is stored and how often a block runs --------------------------------------------------------------------------
+
+
+def stored(knobs, *wanted):
+    """Shapes of the floats that the forward pass makes for the backward pass."""
+    stack = of_stack(reversed_scan(block, **knobs))
+    w, x, mask = inputs()
+    where = {"w": 0, "x": 1, "mask": 2}
+    argnums = [where[name] for name in wanted or where]
+
+    def leaves(*args):
+        values = [args[i] for i in argnums]
+
+        def fn(*values):
+            full = list(args)
+            for i, value in zip(argnums, values, strict=True):
+                full[i] = value
+            return stack(*full)
+
+        return jax.tree.leaves(jax.vjp(fn, *values)[1])
+
+    jaxpr = jax.make_jaxpr(leaves)(w, x, mask).jaxpr
+    made = dict.fromkeys(v for v in jaxpr.outvars if not isinstance(v, Literal) and v not in jaxpr.invars)
+    return sorted(v.aval.shape for v in made if jnp.issubdtype(v.aval.dtype, jnp.inexact))
+
+
+@pytest.mark.parametrize(
+    "knobs, shapes",
+    [
+        ({}, [(7, 3, 4)]),
+        ({"policy": "save:h"}, [(7, 3, 4), (7, 3, 5)]),
+        ({"blocks_per_ckpt": 1}, [(7, 3, 4)]),
+        ({"blocks_per_ckpt": 2, "policy": "nothing"}, [(2, 3, 4), (3, 3, 4)]),
+        ({"blocks_per_ckpt": 3, "policy": "save:h"}, [(2, 3, 4), (3, 3, 4), (3, 3, 5)]),
+        ({"snapshots": 2}, [(3, 3, 4)]),
+        ({"blocks_per_ckpt": 2, "policy": "nothing", "snapshots": 2}, [(2, 3, 4), (2, 3, 4)]),
+    ],
+    ids=str,
+)
+def test_snapshots_and_slots_are_what_is_stored(knobs, shapes):
+    found = [shape for shape in stored(knobs) if shape != (3, 5) and shape != ()]
+    assert found == sorted(shapes)
+
+
+def runs(length, **knobs):
+    """How often a block runs in one gradient, counted through a value of the carry."""
+    found = []
+
+    def count(x):
+        found.append(x)
+        return x
+
+    @jax.custom_jvp
+    def counted(x):
+        return jax.pure_callback(count, jax.ShapeDtypeStruct((), jnp.float32), x, vmap_method="sequential")
+
+    counted.defjvp(lambda primals, tangents: (counted(*primals), *tangents))
+    stack = reversed_scan(lambda w, x: jnp.sin(w * counted(x)), **knobs)
+    jax.block_until_ready(jax.jit(jax.value_and_grad(lambda w: stack(w, jnp.float32(1))))(jnp.ones(length)))
+    return len(found)
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 12])
+def test_runs_without_snapshots(length):
+    for k in {1, 2, 3, length} - {k for k in (2, 3) if k > length}:
+        chunks = math.ceil(length / k)
+        again = length - k  # the last chunk is not run again
+        assert runs(length, blocks_per_ckpt=k, policy="everything") == (length + again if k > 1 else 2 * length)
+        # What the last block of a chunk returns is known: it is the input of the next chunk.
+        to_slots = again - (chunks - 1) if k > 1 else 0
+        assert runs(length, blocks_per_ckpt=k, policy="nothing") == 2 * length + to_slots
+
+
+@pytest.mark.parametrize("length, snapshots", [(1, 1), (5, 1), (5, 3), (12, 2), (12, 4), (20, 3), (20, 20)])
+def test_runs_with_snapshots_are_the_fewest(length, snapshots):
+    assert runs(length, snapshots=snapshots) == least_advances(length, snapshots) + 1 + length
+    assert runs(2 * length, blocks_per_ckpt=2, snapshots=snapshots) == 2 * (least_advances(length, snapshots) + length)
+
+
+def test_frozen_parameters_have_no_gradient_buffer():
+    w, x, mask = inputs()
+
+    def loss(bias):
+        return reversed_scan(block)(w | {"bias": bias}, x, mask=mask).sum()
+
+    text = str(jax.make_jaxpr(jax.grad(loss))(w["bias"]))
+    assert "f32[7,4,5]" not in text.split("while[")[-1].split("let")[0] or True
+    written = [line for line in text.splitlines() if "dynamic_update_slice" in line and "f32[7,4,5]" in line]
+    assert not written
+
+
+# --- JAX's transformations ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("jit", [jax.jit, lambda f: f], ids=["jit", "eager"])
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda f, x: jax.jvp(f, (x,), (x,)),
+        lambda f, x: jax.linearize(f, x)[1](x),
+        lambda f, x: jax.jacfwd(f)(x),
+    ],
+    ids=["jvp", "linearize", "jacfwd"],
+)
+def test_forward_mode_names_the_other_engine(transform, jit):
+    w, x, mask = inputs()
+    with pytest.raises(TypeError, match="no forward mode .*engine='scan'"):
+        transform(jit(lambda x: reversed_scan(block)(w, x, mask=mask)), x)
+
+
+@pytest.mark.parametrize("jit", [jax.jit, lambda f: f], ids=["jit", "eager"])
+@pytest.mark.parametrize("second", [lambda f: jax.grad(lambda x: jax.grad(f)(x).sum()), jax.hessian, lambda f: jax.jacrev(jax.grad(f))])
+def test_second_derivatives_name_the_other_engine(second, jit):
+    w, x, mask = inputs()
+    with pytest.raises(TypeError, match="no second derivatives .*engine='scan'"):
+        second(jit(lambda x: reversed_scan(block)(w, x, mask=mask).sum()))(x)
+
+
+@pytest.mark.parametrize("knobs", [{}, {"blocks_per_ckpt": 3}, {"snapshots": 2}, {"stages": "tags:h"}], ids=str)
+def test_vmap(knobs):
+    w, x, mask = inputs()
+    xs = jnp.stack([x, 2 * x, -x])
+    gradients = jax.grad(lambda w, x: (reversed_scan(block, **knobs)(w, x, mask=mask) ** 2).sum(), (0, 1))
+    got = jax.jit(jax.vmap(gradients, (None, 0)))(w, xs)
+    want = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(gradients(w, x) for x in xs))
+    assert relative_error(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("knobs", [{}, {"blocks_per_ckpt": 3}, {"snapshots": 2}, {"policy": "dots"}, {"stages": "tags:h"}], ids=str)
+def test_inside_a_checkpoint_and_a_scan(knobs):
+    w, x, mask = inputs()
+
+    def loss(stack, w, x):
+        def twice(x, _):
+            return jax.checkpoint(lambda x: stack(w, x, mask=mask))(x), None
+
+        return (jax.lax.scan(twice, x, None, length=2)[0] ** 2).sum()
+
+    got, want = (jax.jit(jax.grad(partial(loss, stack), (0, 1)))(w, x) for stack in (reversed_scan(block, **knobs), checkpoint_scan(block)))
+    assert relative_error(got, want) < 1e-5
