@@ -142,16 +142,25 @@ def loss_and_gradients(forward: Forward, params: Any, carry: Carry, shared: dict
 def systems(stack: Stack) -> list[System]:
     k, m, n = stack.chunk, stack.chunks, stack.length
     haiku_remat = {"": {}, "prevent_cse=False": {"prevent_cse": False}, "dots": {"policy": POLICIES["dots"]}}
-    ours = [(None, "everything"), (None, "dots"), (None, "dots_no_batch"), (None, "nothing")]
-    ours += [(2, "everything"), (k, "everything"), (k, "dots"), (k, "nothing")]
+    simple = [(None, "everything"), (None, "dots"), (None, "dots_no_batch"), (None, "nothing")]
+    simple += [(2, "everything"), (k, "everything"), (k, "dots"), (k, "nothing")]
+    ours = {f"blocks_per_ckpt={count}, {name}": {"blocks_per_ckpt": count, "policy": name} for count, name in simple}
+    in_chunks = {"blocks_per_ckpt": k, "policy": "nothing"}
+    ours |= {f'{setting}, engine="reversal"': {**knobs, "engine": "reversal"} for setting, knobs in ours.items()}
+    ours |= {
+        'stages="auto", nothing': {"stages": "auto"},
+        f'blocks_per_ckpt={k}, stages="auto", nothing': {**in_chunks, "stages": "auto"},
+        f'blocks_per_ckpt={k}, stages="auto", nothing, engine="reversal"': {**in_chunks, "stages": "auto", "engine": "reversal"},
+        'snapshots=9, stages="auto"': {"snapshots": 9, "stages": "auto"},
+        'snapshots=5, stages="auto"': {"snapshots": 5, "stages": "auto"},
+        'offload_carry, stages="auto", engine="reversal"': {"offload_carry": True, "stages": "auto", "engine": "reversal"},
+    }
     return [
         System("no checkpointing", "lax.scan", plain_scan),
         *(
-            System("jaxckpt", f"blocks_per_ckpt={count}, {name}", our_stack(count, name), "jaxckpt", "dots" in name)
-            for count, name in ours
+            System("jaxckpt", setting, our_stack(**knobs), "jaxckpt", "dots" in setting or "stages" in setting)
+            for setting, knobs in ours.items()
         ),
-        System("jaxckpt", 'stages="auto", nothing', our_stack(None, "nothing", "auto"), "jaxckpt", True),
-        System("jaxckpt", f'blocks_per_ckpt={k}, stages="auto", nothing', our_stack(k, "nothing", "auto"), "jaxckpt", True),
         System("Python loop", "jax.checkpoint of each block", checkpointed_loop, is_slow=True),
         *(
             System("flax nn.scan(nn.remat)", name, functools.partial(flax_scan, policy), "flax", "dots" in name)
@@ -174,10 +183,11 @@ def systems(stack: Stack) -> list[System]:
     ]
 
 
-def our_stack(count: int | None, policy: str, stages: str | None = None) -> Callable[[Stack], Forward]:
+def our_stack(blocks_per_ckpt: int | None = None, snapshots: int | None = None, **knobs: Any) -> Callable[[Stack], Forward]:
     def build(stack: Stack) -> Forward:
-        per_chunk = count and min(count, stack.chunk)
-        run = checkpoint_scan(stack.apply, blocks_per_ckpt=per_chunk, policy=policy, stages=stages)
+        per_chunk = blocks_per_ckpt and min(blocks_per_ckpt, stack.chunk)  # a small stack, to compare values on
+        stored = snapshots and min(snapshots, stack.length // (per_chunk or 1))
+        run = checkpoint_scan(stack.apply, blocks_per_ckpt=per_chunk, snapshots=stored, **knobs)
         return lambda params, carry, shared: as_tuple(run(params, *carry, **shared))
 
     return build

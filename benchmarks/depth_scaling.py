@@ -85,9 +85,9 @@ def expected_seconds(row: dict[str, Any], before: list[dict[str, Any]]) -> float
 def systems(depth: int) -> list[System]:
     chunk = chunk_near_sqrt(depth)
     return [
-        System("jaxckpt", "blocks_per_ckpt=None, everything", our_stack(None, "everything"), "jaxckpt"),
-        System("jaxckpt", "blocks_per_ckpt=None, nothing", our_stack(None, "nothing"), "jaxckpt"),
-        System("jaxckpt", "blocks_per_ckpt near the root, nothing", our_stack(chunk, "nothing"), "jaxckpt"),
+        System("jaxckpt", "blocks_per_ckpt=None, everything", our_stack(None, policy="everything"), "jaxckpt"),
+        System("jaxckpt", "blocks_per_ckpt=None, nothing", our_stack(None, policy="nothing"), "jaxckpt"),
+        System("jaxckpt", "blocks_per_ckpt near the root, nothing", our_stack(chunk, policy="nothing"), "jaxckpt"),
         System("Python loop", "jax.checkpoint of each block", checkpointed_loop, is_slow=True),
     ]
 

@@ -85,7 +85,7 @@ def rows(options: argparse.Namespace, target: str) -> Iterator[dict[str, Any]]:
         stack = workloads()[workload]
         per_chunk = stack.chunk if count == CHUNK else count
         bar.set_description(f"{workload}: blocks_per_ckpt={per_chunk}, {policy}")
-        step = functools.partial(loss_and_gradients, our_stack(per_chunk, policy)(stack))
+        step = functools.partial(loss_and_gradients, our_stack(per_chunk, policy=policy)(stack))
         predicted = measure(step, *stack.arguments(), target=target).peak_bytes
         row = {"title": stack.title, "setting": f"blocks_per_ckpt={per_chunk}, {policy}", "predicted_bytes": predicted}
         yield {**row, **in_a_process_of_its_own(workload, str(per_chunk), policy)}

@@ -55,6 +55,12 @@ def make_setting(
         check_snapshots(snapshots, length, blocks_per_ckpt)
     if policy is None:
         policy = "nothing" if blocks_per_ckpt is None else "everything"
+    policy = policies.get(policy)
+    if offload_carry and blocks_per_ckpt is None and snapshots is None and not policy.keeps_nothing:
+        raise ValueError(
+            f"offload_carry=True moves what enters each chunk to the host, and policy={str(policy)!r} keeps values of all blocks "
+            "beside that: write policy='nothing', or blocks_per_ckpt=K, or policy='offload:NAMES' for tagged values"
+        )
     if not isinstance(unroll, bool) and (not is_integer(unroll) or unroll < 1):
         raise ValueError(
             f"unroll, the number of blocks in one loop body, must be True, False or an integer of at least 1; got {unroll!r}"
@@ -65,7 +71,7 @@ def make_setting(
     return Setting(
         length=None if length is None else operator.index(length),
         blocks_per_ckpt=blocks_per_ckpt,
-        policy=policies.get(policy),
+        policy=policy,
         has_aux=bool(has_aux),
         per_block=names,
         unroll=None if unroll is True else max(operator.index(unroll), 1),

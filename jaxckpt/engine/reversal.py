@@ -26,6 +26,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxckpt._leaves import replaced
 from jaxckpt._setting import Setting
 from jaxckpt.analysis import jaxpr as jx
+from jaxckpt.engine.offload import always, apart
 from jaxckpt.engine.once import differentiated_once, reverse_only
 from jaxckpt.engine.schedule import reversal_schedule
 from jaxckpt.policies.grammar import JaxPolicy, everything, nothing
@@ -315,10 +316,9 @@ def _backward(saved: _Saved, cotangents: tuple[Arrays, Arrays]) -> tuple[Inputs,
     inputs, wanted = saved.inputs, block.wanted
     to_snap, from_snap, reverse_block, rows, segments = list, list, block.reverse, plan.rows, plan.segments
     if plan.on_host:
-        # XLA of JAX 0.10.2 and 0.11.0 burns offsets on the host that it can follow into the program, and gets them wrong.
-        is_so, rows, segments = lax.optimization_barrier((jnp.array(True), _Rows(*map(jnp.asarray, rows)), _Segments(*map(jnp.asarray, segments))))
-        # Transfers make XLA order a whole computation by latency: the block has its own.
-        to_snap, from_snap, reverse_block = _to_host, _to_device, functools.partial(_apart, is_so, block.reverse)
+        # XLA of JAX 0.10.2 and 0.11.0 burns those offsets on the host into the program that it can follow, and wrongly.
+        rows, segments = lax.optimization_barrier(jax.tree.map(jnp.asarray, (rows, segments)))
+        to_snap, from_snap, reverse_block = _to_host, _to_device, functools.partial(apart, always(), block.reverse)
     # Nothing is done with those of integers.
     of_carry, of_ys = ([_instantiated(ct) for ct in part if _is_inexact(ct)] for part in cotangents)
 
@@ -423,12 +423,6 @@ def _to_host(arrays: Arrays) -> Arrays:
 
 def _to_device(arrays: Arrays) -> Arrays:
     return jax.device_put(arrays, jax.memory.Space.Device)
-
-
-def _apart(is_so: jax.Array, fn: Callable[..., Any], *args: Any) -> Any:
-    """`fn(*args)` in a computation of its own: a branch that is always taken, which XLA cannot know."""
-    out = jax.eval_shape(fn, *args)
-    return lax.cond(is_so, fn, lambda *_: jax.tree.map(_zeros, out), *args)
 
 
 def _is_inexact(array: Any) -> bool:

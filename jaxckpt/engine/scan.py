@@ -7,21 +7,30 @@ per chunk, and the backward pass re-runs a chunk and keeps what the policy says 
 in a Python loop would lose all saving on GPU, where XLA merges the accumulators of equal loops.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxckpt._setting import Setting
+from jaxckpt.engine.offload import CARRY, always, apart, carry_to_host
 from jaxckpt.policies.grammar import JaxPolicy, everything, nothing
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
 
 
 def scan_blocks(
-    step: Step, carry: Any, xs: list[jax.Array], length: int, setting: Setting, keep: JaxPolicy
+    step: Step,
+    carry: Any,
+    xs: list[jax.Array],
+    length: int,
+    setting: Setting,
+    keep: JaxPolicy,
+    carry_to_host: JaxPolicy = carry_to_host,
 ) -> tuple[Any, Any]:
     """Runs `carry, y = step(carry, x)` for each of `length` slices `x` of `xs`, checkpointed as `setting` says.
 
@@ -30,15 +39,17 @@ def scan_blocks(
         carry: a tree of arrays.
         xs: arrays `[N, ...]`.
         keep: the `jax.checkpoint` policy that `setting.policy` is for this block.
+        carry_to_host: the one that takes what is tagged `CARRY` to the host; for `offload_carry`.
     Returns:
         The last carry, and the `y`s stacked to `[N, ...]`.
     """
     per_chunk, unroll = setting.blocks_per_ckpt, setting.unroll
+    outer = functools.partial(_scan_from_host, carry_to_host) if setting.offload_carry else _scan
     if per_chunk is None:
-        return _scan(step, keep, carry, xs, length, unroll)
+        return outer(step, keep, carry, xs, length, unroll)
     if per_chunk == 1:
         # One block at a time is alive anyway: keeping less inside it would only run it a third time.
-        return _scan(step, nothing, carry, xs, length, unroll)
+        return outer(step, nothing, carry, xs, length, unroll)
 
     def chunk(count: int) -> Step:
         return lambda carry, xs: _scan(step, keep, carry, xs, count, unroll)
@@ -47,7 +58,7 @@ def scan_blocks(
     cut = chunks * per_chunk
     if not rest:
         whole = jax.tree.map(lambda x: x.reshape(chunks, per_chunk, *x.shape[1:]), xs)
-        carry, ys = _scan(chunk(per_chunk), nothing, carry, whole, chunks, 1)
+        carry, ys = outer(chunk(per_chunk), nothing, carry, whole, chunks, 1)
         return carry, jax.tree.map(lambda y: y.reshape(length, *y.shape[2:]), ys)
 
     # A shorter last chunk. Scanning over `x[:cut]` would keep a copy of nearly all parameters through the whole step
@@ -65,7 +76,7 @@ def scan_blocks(
         return run
 
     head = jax.tree.map(lambda o: o[:cut].reshape(chunks, per_chunk, *o.shape[1:]), offsets)
-    carry, ys = _scan(fetched(per_chunk), nothing, carry, (jnp.arange(chunks) * per_chunk, head), chunks, 1)
+    carry, ys = outer(fetched(per_chunk), nothing, carry, (jnp.arange(chunks) * per_chunk, head), chunks, 1)
     last = jax.tree.map(lambda o: o[cut:], offsets)
     carry, tail = _checkpoint(fetched(rest), nothing, prevent_cse=True)(carry, (cut, last))
     return carry, jax.tree.map(lambda y, t: jnp.concatenate([y.reshape(cut, *y.shape[2:]), t]), ys, tail)
@@ -92,6 +103,19 @@ def _scan(step: Step, keep: JaxPolicy, carry: Any, xs: Any, length: int, unroll:
     per_body = length if unroll is None else unroll
     straight = length // per_body <= 1 or length % per_body != 0
     return lax.scan(_checkpoint(step, keep, prevent_cse=straight), carry, xs, length=length, unroll=per_body)
+
+
+def _scan_from_host(
+    to_host: JaxPolicy, step: Step, keep: JaxPolicy, carry: Any, xs: Any, length: int, unroll: int | None
+) -> tuple[Any, Any]:
+    """`_scan` with what enters each step in the host's memory; `keep` is `nothing`."""
+    is_so = always()
+    checkpointed = _checkpoint(step, keep, prevent_cse=False)
+
+    def tagged(carry: Any, x: Any) -> tuple[Any, Any]:
+        return apart(is_so, checkpointed, jax.tree.map(lambda leaf: checkpoint_name(leaf, CARRY), carry), x)
+
+    return lax.scan(_checkpoint(tagged, to_host, prevent_cse=length == 1), carry, xs, length=length, unroll=unroll or length)
 
 
 def _checkpoint(step: Step, keep: JaxPolicy, prevent_cse: bool) -> Step:

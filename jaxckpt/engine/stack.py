@@ -64,7 +64,8 @@ def run_stack(
     finally:
         observed.reset(token)
     check.effects(traced.closed, setting, names)
-    keep, mark = guard_offload(_resolve(setting, traced.closed, names), setting.policy)
+    through_scan = setting.offload_carry and setting.engine == "scan"
+    guarded = guard_offload(_resolve(setting, traced.closed, names), setting.policy.may_offload or through_scan)
 
     x_leaves = jax.tree.leaves(xs)
     sources = jx.forwarded(traced.closed.jaxpr)
@@ -78,7 +79,8 @@ def run_stack(
         names=names,
         closed=closed,
         pieces=pieces,
-        keep=keep,
+        keep=guarded.keep,
+        carry_to_host=guarded.carry_to_host,
         # A carry that all blocks pass through unchanged is shared: it stays out of the scan, which would store it per block.
         moving=[i for i, source in enumerate(sources) if source != len(x_leaves) + i],
         computed=[len(sources) + i for i in range(len(rest_sources)) if i not in own],
@@ -87,7 +89,7 @@ def run_stack(
     )
     if (seen := observed.get()) is not None:
         seen.append(run)
-    last, ys = run.execute(closed.consts, *run.leaves, mark=mark)
+    last, ys = run.execute(closed.consts, *run.leaves, mark=guarded.mark)
     stacked = own | {i - len(sources): y for i, y in zip(run.computed, ys, strict=True)}
     aux, extra = jax.tree.unflatten(traced.rest_tree, [stacked[i] for i in range(len(rest_sources))])
     return Stacked(jax.tree.unflatten(traced.carry_tree, last), aux, extra)
@@ -103,6 +105,7 @@ class Run:
     closed: Any  # of one block: slices of `xs`, carry and shared arrays in, carry and the rest out
     pieces: Sequence[Piece]  # into which the block is cut, if it is; then `closed` is inlined
     keep: JaxPolicy
+    carry_to_host: JaxPolicy
     moving: list[int]  # the carry's leaves that the blocks change
     computed: list[int]  # the other outputs that are no slices of `xs`
     leaves: tuple[list[Any], list[Any], list[Any]]  # of `xs`, the first carry, the shared arrays
@@ -145,7 +148,7 @@ class Run:
             last, ys = reverse_blocks(step, inputs, self.length, self.setting, self.keep)
         else:
             scanned = lambda moved, x: step(inputs._replace(xs=x, carry=moved))  # noqa: E731
-            last, ys = scan_blocks(scanned, inputs.carry, xs, self.length, self.setting, self.keep)
+            last, ys = scan_blocks(scanned, inputs.carry, xs, self.length, self.setting, self.keep, self.carry_to_host)
         return replaced(carry, self.moving, mark(last)), ys
 
 

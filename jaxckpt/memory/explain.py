@@ -67,7 +67,8 @@ class Explanation:
         stored_bytes: on the device from the forward to the backward pass: the residuals of the stack in its jaxpr, without
             the parameters and other inputs, which exist anyway.
         host_bytes: those of them that are in the host's memory.
-        chunk_bytes: what the `K` blocks of the chunk that is being differentiated keep beside; 0 without chunks.
+        chunk_bytes: what the `K` blocks of the chunk that is being differentiated keep beside; 0 without chunks, and in the
+            reversal engine, where the room for it is there from the last chunk's forward pass on.
         wanted_bytes: what no checkpointing would store for all `N` blocks.
         target: whose rates the seconds are for.
         forward_seconds, rerun_seconds: the time model's cost of one block's forward pass, and of what of it is run again to
@@ -206,14 +207,15 @@ def explain(
     where = None if target is None else targets.get(target)
     gpu = None if where is None else where.gpu
     costs = None if gpu is None else [cost(eqn, gpu) for eqn in run.closed.jaxpr.eqns]
-    whole = replace(run.setting, blocks_per_ckpt=None)
-    per_chunk = run.setting.blocks_per_ckpt
+    # What a block keeps does not depend on the engine, and the scan engine shows it.
+    whole = replace(run.setting, blocks_per_ckpt=None, snapshots=None, offload_carry=False, engine="scan")
+    per_chunk = run.setting.blocks_per_ckpt or (1 if run.setting.snapshots else None)
     alive = run.length if per_chunk is None else min(per_chunk, run.length)
     # In a chunk of one, the whole block is differentiated at once, whatever the policy.
     in_chunk = replace(run, setting=whole, length=alive, **({"keep": everything} if per_chunk == 1 else {}))
     kept = _residuals(in_chunk)
     wanted = _residuals(replace(in_chunk, keep=everything, pieces=()))
-    stored = kept if per_chunk is None else _residuals(run)
+    stored = kept if run.setting == whole else _residuals(run)
     without = wanted if alive == run.length else _residuals(replace(run, setting=whole, keep=everything, pieces=()))
     return Explanation(
         block=run.names.block,
@@ -224,7 +226,7 @@ def explain(
         values=tuple(_rows(run, kept, wanted, alive, costs)),
         stored_bytes=sum(r.bytes for r in stored if not r.is_host),
         host_bytes=sum(r.bytes for r in stored if r.is_host),
-        chunk_bytes=0 if per_chunk is None else sum(r.bytes for r in kept if not r.is_host),
+        chunk_bytes=0 if per_chunk is None or run.setting.engine == "reversal" else sum(r.bytes for r in kept if not r.is_host),
         wanted_bytes=sum(r.bytes for r in without),
         target=None if where is None else where.name,
         **_seconds(in_chunk, kept, wanted, costs),

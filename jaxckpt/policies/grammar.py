@@ -64,6 +64,11 @@ class Policy:
         return any(term.rule is everything for term in self.terms) and not self.may_offload
 
     @property
+    def keeps_nothing(self) -> bool:
+        """Whether nothing but the block's input is kept."""
+        return all(term.rule is nothing for term in self.terms)
+
+    @property
     def may_offload(self) -> bool:
         """Whether a value may go to host memory; of a policy function that is not JAX's own, nobody knows."""
         return any(term.verb == "offload" or (term.rule is not None and not _is_jaxs_own(term.rule)) for term in self.terms)
