@@ -150,7 +150,11 @@ def systems(stack: Stack) -> list[System]:
     ours |= {
         'stages="auto", nothing': {"stages": "auto"},
         f'blocks_per_ckpt={k}, stages="auto", nothing': {**in_chunks, "stages": "auto"},
-        f'blocks_per_ckpt={k}, stages="auto", nothing, engine="reversal"': {**in_chunks, "stages": "auto", "engine": "reversal"},
+        f'blocks_per_ckpt={k}, stages="auto", nothing, engine="reversal"': {
+            **in_chunks,
+            "stages": "auto",
+            "engine": "reversal",
+        },
         'snapshots=9, stages="auto"': {"snapshots": 9, "stages": "auto"},
         'snapshots=5, stages="auto"': {"snapshots": 5, "stages": "auto"},
         'offload_carry, stages="auto", engine="reversal"': {"offload_carry": True, "stages": "auto", "engine": "reversal"},

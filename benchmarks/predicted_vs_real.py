@@ -109,7 +109,9 @@ def in_a_process_of_its_own(*child: str) -> dict[str, Any]:
 def real_peak(workload: str, per_chunk: str, policy: str) -> dict[str, Any]:
     """In a process of its own, since the allocator's peak is of the whole process: runs three steps."""
     stack = workloads()[workload]
-    step = functools.partial(loss_and_gradients, our_stack(None if per_chunk == "None" else int(per_chunk), policy)(stack))
+    step = functools.partial(
+        loss_and_gradients, our_stack(None if per_chunk == "None" else int(per_chunk), policy=policy)(stack)
+    )
     arguments = values_leaf_by_leaf(stack)
     before = peak_bytes_in_use()
     compiled = jax.jit(step).lower(*arguments).compile()

@@ -69,7 +69,9 @@ def checkpoint_scan(
     >>> jax.grad(lambda w: stack(w, jnp.ones(8)).sum())(weights).shape
     (6, 8, 8)
     """
-    setting = make_setting(length, blocks_per_ckpt, policy, has_aux, per_block, unroll, stages, snapshots, offload_carry, engine)
+    setting = make_setting(
+        length, blocks_per_ckpt, policy, has_aux, per_block, unroll, stages, snapshots, offload_carry, engine
+    )
     if isinstance(block, (list, tuple, nnx.List)):
         return _from_list(list(block), setting)
     if isinstance(block, nn.Module):

@@ -58,8 +58,8 @@ def make_setting(
     policy = policies.get(policy)
     if offload_carry and blocks_per_ckpt is None and snapshots is None and not policy.keeps_nothing:
         raise ValueError(
-            f"offload_carry=True moves what enters each chunk to the host, and policy={str(policy)!r} keeps values of all blocks "
-            "beside that: write policy='nothing', or blocks_per_ckpt=K, or policy='offload:NAMES' for tagged values"
+            f"offload_carry=True moves what enters each chunk to the host, and policy={str(policy)!r} keeps values of all "
+            "blocks beside that: write policy='nothing', or blocks_per_ckpt=K, or policy='offload:NAMES' for tagged values"
         )
     if not isinstance(unroll, bool) and (not is_integer(unroll) or unroll < 1):
         raise ValueError(

@@ -158,7 +158,10 @@ Flat = Callable[..., list[Any]]
 
 
 def in_pieces(
-    closed: Any, pieces: Sequence[Piece], wrap: Callable[[Flat], Flat], as_function: Callable[[Any, int], Flat] = jx.as_function
+    closed: Any,
+    pieces: Sequence[Piece],
+    wrap: Callable[[Flat], Flat],
+    as_function: Callable[[Any, int], Flat] = jx.as_function,
 ) -> Flat:
     """A function of flat arguments that runs an inlined jaxpr piece by piece, each piece wrapped.
 

@@ -11,6 +11,7 @@ from jax import lax
 from jaxckpt._leaves import named_leaves, same_leaves
 from jaxckpt._setting import Setting
 from jaxckpt.analysis import jaxpr as jx
+from jaxckpt.engine.types import is_explicit, varying
 
 
 class Names(NamedTuple):
@@ -87,7 +88,7 @@ def layers_whole(xs: Any, names: Names) -> None:
     """Refuses explicit sharding of the axis along which the loop goes; `xs` is a tuple of trees."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(xs):
         aval = jax.typeof(leaf)
-        if _explicit(aval) and (axis := aval.sharding.spec[0]) is not None:
+        if is_explicit(aval) and (axis := aval.sharding.spec[0]) is not None:
             name = jax.tree_util.keystr(path[1:]) or "the stacked array"
             raise TypeError(
                 f"{names.block}: {name} is {aval.str_short(mesh_axis_types=False)}, its blocks split over the mesh axis "
@@ -163,9 +164,9 @@ def settle_carry(carry: tuple, leaves: list[Any], out_types: Sequence[Any], name
             raise TypeError(_other_type(name, given, out, names))
         if given.dtype != out.dtype:
             settled[k] = lax.convert_element_type(leaf, jnp.result_type(leaf, out.dtype))
-        elif missing := _varying(out) - _varying(given):
+        elif missing := varying(out) - varying(given):
             settled[k] = lax.pcast(leaf, tuple(missing), to="varying")
-        elif given.sharding != out.sharding and _explicit(out):
+        elif given.sharding != out.sharding and is_explicit(out):
             raise TypeError(_other_sharding(name, given, out, names))
     return None if all(a is b for a, b in zip(settled, leaves, strict=True)) else settled
 
@@ -238,12 +239,3 @@ def shape_of(tree: Any) -> str:
 
 class _Word(str):
     __repr__ = str.__str__
-
-
-def _varying(aval: Any) -> frozenset[str]:
-    manual = getattr(aval, "manual_axis_type", None)
-    return frozenset(getattr(manual, "varying", None) or getattr(aval, "vma", None) or ())
-
-
-def _explicit(aval: Any) -> bool:
-    return any(axis.name == "Explicit" for axis in aval.sharding.mesh.axis_types)

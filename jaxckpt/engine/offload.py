@@ -16,7 +16,7 @@ from jax.ad_checkpoint import Offloadable
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from jaxckpt.policies import Policy
+from jaxckpt.engine.types import zeros
 from jaxckpt.policies.grammar import JaxPolicy
 
 FIXED_IN = (0, 11, 1)
@@ -38,8 +38,8 @@ def apart(is_so: jax.Array, fn: Callable[..., Any], *args: Any) -> Any:
     Arguments:
         is_so: from `always`, called outside of the loop.
     """
-    out = jax.eval_shape(fn, *args)
-    return lax.cond(is_so, fn, lambda *_: jax.tree.map(lambda t: jnp.zeros(t.shape, t.dtype), out), *args)
+    traced, out = jax.make_jaxpr(fn, return_shape=True)(*args)
+    return lax.cond(is_so, fn, lambda *_: jax.tree.unflatten(jax.tree.structure(out), map(zeros, traced.out_avals)), *args)
 
 
 def always() -> jax.Array:

@@ -21,8 +21,8 @@ def differentiated_once(x: Any) -> Any:
 
 def _refuse(*args: Any, **params: Any) -> Any:
     raise TypeError(
-        "the reversal engine has no forward mode (jvp, linearize, jacfwd) and no second derivatives (hessian, grad of grad): "
-        "write engine='scan', which has both"
+        "the reversal engine has no forward mode (jvp, linearize, jacfwd) and no second derivatives (hessian, grad of "
+        "grad): write engine='scan', which has both"
     )
 
 

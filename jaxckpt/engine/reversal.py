@@ -1,11 +1,11 @@
 """The reversal engine: one `jax.custom_vjp` whose backward pass is a loop over chunks of blocks, from the last to the first.
 
 The forward pass stores the inputs of chunks (snapshots) and, of the last chunk, what its reversal wants. The backward pass
-restores a snapshot, advances from there to the chunk that is next, runs the chunk once more and keeps what the policy says of
-each of its blocks in slots, which all chunks share, and reverses it block by block. A parameter's gradient is written into
-its place once. There is one loop body for a block's run, one for a run that keeps and one for a reversal, so that neither
-program nor compile time depend on the depth; the last chunk is not run again. The price: no forward mode and no second
-derivatives through the stack.
+restores a snapshot, advances from there to the chunk that is next, runs that chunk once more and keeps what the policy says
+of each of its blocks in slots, which all chunks share, and reverses it block by block. A parameter's gradient is written
+into its place once. There is one loop body for a block's run, one for a run that keeps and one for a reversal, so that
+neither program nor compile time depend on the depth; the last chunk is not run again. The price: no forward mode and no
+second derivatives through the stack.
 
 Which inputs to store is the business of `jaxckpt.engine.schedule`, whose steps are chunks.
 """
@@ -22,6 +22,7 @@ import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.extend.core import Literal
 
 from jaxckpt._leaves import replaced
 from jaxckpt._setting import Setting
@@ -29,6 +30,7 @@ from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.engine.offload import always, apart
 from jaxckpt.engine.once import differentiated_once, reverse_only
 from jaxckpt.engine.schedule import reversal_schedule
+from jaxckpt.engine.types import zeros
 from jaxckpt.policies.grammar import JaxPolicy, everything, nothing
 
 Arrays = list[Any]
@@ -200,24 +202,25 @@ class _Block:
         closed = jx.trace(kept, *types.flat())
         self._kept = jx.as_function(closed)
         self._carried = len(inputs.carry)
-        leaves = self._pull.num_leaves
-        self._out_types = closed.out_avals[: len(closed.out_avals) - leaves]
-        self._find_sources(closed, leaves, inputs)
+        self._out_types = closed.out_avals[: len(closed.out_avals) - self._pull.num_leaves]
+        self._find_sources(closed, inputs)
 
-    def _find_sources(self, closed: Any, leaves: int, inputs: Inputs) -> None:
+    def _find_sources(self, closed: Any, inputs: Inputs) -> None:
         """Where each leaf of the pullback comes from: an input, a slot, or what is the same for all blocks."""
         number = inputs.like(range(len(inputs.flat())))
         varying = jx.dependent(closed.jaxpr, [*number.xs, *number.carry])
-        outvars, inputs_of = closed.jaxpr.outvars[-leaves:], jx.forwarded(closed.jaxpr)[-leaves:]
+        first = len(self._out_types)
+        outvars, inputs_of = closed.jaxpr.outvars[first:], jx.forwarded(closed.jaxpr)[first:]
         self._sources: list[tuple[str, int]] = []
         kept: dict[str, list[Any]] = {"slot": [], "same": []}
         which: dict[str, list[int]] = {"slot": [], "same": []}
-        for i, (var, source) in enumerate(zip(outvars, inputs_of, strict=True), len(self._out_types)):
+        for i, (var, source) in enumerate(zip(outvars, inputs_of, strict=True), first):
             if source is not None and source not in number.carry:
                 self._sources.append(("input", source))
                 continue
-            kind = "slot" if source is not None or var in varying else "same"
-            key = var if source is None else source
+            is_literal = isinstance(var, Literal)
+            kind = "slot" if source is not None or (not is_literal and var in varying) else "same"
+            key = i if is_literal else var if source is None else source
             if key not in kept[kind]:
                 kept[kind].append(key)
                 which[kind].append(i)
@@ -302,7 +305,7 @@ def _forward(block: _Block, plan: _Plan, inputs: Inputs) -> tuple[tuple[Arrays, 
         return (carry, _put(ys, i, y)), slot
 
     to_snap = _to_host if plan.on_host else list
-    state = inputs.carry, [_zeros(t, plan.length) for t in block.y_types]
+    state = inputs.carry, [zeros(t, plan.length) for t in block.y_types]
     snaps, slots = [], []
     if plan.heads.start.size:
         state, snaps = lax.scan(head, state, plan.heads)
@@ -374,15 +377,17 @@ def _backward(saved: _Saved, cotangents: tuple[Arrays, Arrays]) -> tuple[Inputs,
         sums = _loop(0, count, lambda k, sums: reverse(row.start + end - k, _at(slots, end - k), sums), sums)
         return (sums, snaps, slots), None
 
-    zeros = Inputs(*([jnp.zeros_like(leaf) for leaf in part] for part in _selected(inputs, wanted)))
-    state = zeros._replace(carry=of_carry), saved.snaps, saved.slots
+    nothing_yet = Inputs(*([zeros(jax.typeof(leaf)) for leaf in part] for part in _selected(inputs, wanted)))
+    state = nothing_yet._replace(carry=of_carry), saved.snaps, saved.slots
     (sums, _, _), _ = lax.scan(chunk, state, rows)
     rest = iter(sums.flat())
     return wanted.like([next(rest) if yes else None for yes in wanted.flat()]), None
 
 
 def _selected(inputs: Inputs, wanted: Inputs) -> list[Arrays]:
-    return [[leaf for leaf, yes in zip(part, which, strict=False) if yes] for part, which in zip(inputs, wanted, strict=True)]
+    return [
+        [leaf for leaf, yes in zip(part, which, strict=False) if yes] for part, which in zip(inputs, wanted, strict=True)
+    ]
 
 
 def _row_major(arrays: Arrays) -> Arrays:
@@ -430,10 +435,4 @@ def _is_inexact(array: Any) -> bool:
 
 
 def _instantiated(cotangent: Any) -> Any:
-    return _zeros(cotangent.aval) if isinstance(cotangent, SymbolicZero) else cotangent
-
-
-def _zeros(kind: Any, count: int | None = None) -> Any:
-    """Zeros of a type; with `count`, an axis of that length in front."""
-    front = () if count is None else (count,)
-    return jnp.zeros((*front, *kind.shape), kind.dtype)
+    return zeros(cotangent.aval) if isinstance(cotangent, SymbolicZero) else cotangent

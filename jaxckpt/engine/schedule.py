@@ -2,9 +2,9 @@
 
 To differentiate step `k` of `l`, the input of step `k` is needed. With `s` snapshots, the input of the first step one of
 them, the fewest advances (runs of a step whose values are not kept) that make all inputs, from the last to the first, are
-`r * l - C(s + r, s + 1)` with `C(s + r - 1, s) < l <= C(s + r, s)`: binomial checkpointing (A. Griewank, A. Walther, Algorithm
-799: Revolve, ACM TOMS 26, 2000). A segment of steps whose first input is stored is split in two; the right part is reversed
-with one snapshot less, then the left part with all of them.
+`r * l - C(s + r, s + 1)` with `C(s + r - 1, s) < l <= C(s + r, s)`: binomial checkpointing (A. Griewank, A. Walther,
+Algorithm 799: Revolve, ACM TOMS 26, 2000). A segment of steps whose first input is stored is split in two; the right part is
+reversed with one snapshot less, then the left part with all of them.
 
 Pure Python: nothing here knows JAX.
 """

@@ -226,7 +226,9 @@ def explain(
         values=tuple(_rows(run, kept, wanted, alive, costs)),
         stored_bytes=sum(r.bytes for r in stored if not r.is_host),
         host_bytes=sum(r.bytes for r in stored if r.is_host),
-        chunk_bytes=0 if per_chunk is None or run.setting.engine == "reversal" else sum(r.bytes for r in kept if not r.is_host),
+        chunk_bytes=0
+        if per_chunk is None or run.setting.engine == "reversal"
+        else sum(r.bytes for r in kept if not r.is_host),
         wanted_bytes=sum(r.bytes for r in without),
         target=None if where is None else where.name,
         **_seconds(in_chunk, kept, wanted, costs),

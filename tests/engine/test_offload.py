@@ -35,7 +35,8 @@ def args():
 
 
 def export_for_gpu(fn, *args):
-    return jax.export.export(jax.jit(fn), platforms=["cuda"])(*args)
+    pinned = jax.export.DisabledSafetyCheck.custom_call("LayoutConstraint")  # of the reversal engine
+    return jax.export.export(jax.jit(fn), platforms=["cuda"], disabled_checks=[pinned])(*args)
 
 
 @offloading
@@ -121,3 +122,43 @@ def test_the_guard_is_invisible_on_a_cpu(args):
 
     for got, want in zip(results(guarded("offload:q", (0, 10, 2))), results(guarded("save:q", (0, 10, 2))), strict=True):
         assert relative_error(got, want) < 1e-6
+
+
+# --- what enters a chunk, on the host -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ["scan", "reversal"])
+@pytest.mark.parametrize(
+    "knobs", [{}, {"blocks_per_ckpt": 1}, {"blocks_per_ckpt": 2}, {"blocks_per_ckpt": 2, "policy": "save:q"}]
+)
+def test_carries_on_the_host(engine, knobs, args, x64):
+    args = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), args)
+    got = pull_back(checkpoint_scan(block, offload_carry=True, engine=engine, **knobs), *args)
+    want = pull_back(lambda w, x: plain_loop(block, w, x), *args)
+    assert relative_error(got, want) < 1e-12
+
+
+def test_carries_through_the_scan_engine_for_a_gpu(args):
+    grad = jax.grad(lambda w, x: checkpoint_scan(block, offload_carry=True)(w, x).sum())
+    if before_the_fix:
+        with pytest.raises(NotImplementedError, match=REFUSAL + r".*engine='reversal'"):
+            export_for_gpu(grad, *args)
+    else:
+        assert export_for_gpu(grad, *args).platforms == ("cuda",)
+
+
+def test_carries_through_the_reversal_engine_for_a_gpu(args):
+    grad = jax.grad(lambda w, x: checkpoint_scan(block, offload_carry=True, engine="reversal")(w, x).sum())
+    assert export_for_gpu(grad, *args).platforms == ("cuda",)
+
+
+def test_forward_mode_with_carries_on_the_host(args):
+    w, x = args
+    got = jax.jit(lambda w, x: jax.jvp(checkpoint_scan(block, offload_carry=True), (w, x), (w, x)))(w, x)
+    want = jax.jvp(lambda w, x: plain_loop(block, w, x), (w, x), (w, x))
+    assert relative_error(got, want) < 1e-5
+
+
+def test_nothing_to_take_to_the_host():
+    with pytest.raises(ValueError, match=r"offload_carry=True moves what enters each chunk .* policy='dots' keeps"):
+        checkpoint_scan(block, offload_carry=True, policy="dots")

@@ -1,0 +1,30 @@
+"""What an array's type says of the devices it lies on, and zeros of a type."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+
+def varying(aval: Any) -> frozenset[str]:
+    """The mesh axes along which a value differs under `shard_map`."""
+    manual = getattr(aval, "manual_axis_type", None)
+    return frozenset(getattr(manual, "varying", None) or getattr(aval, "vma", None) or ())
+
+
+def is_explicit(aval: Any) -> bool:
+    """Whether the sharding is part of the type."""
+    return any(axis.name == "Explicit" for axis in aval.sharding.mesh.axis_types)
+
+
+def zeros(aval: Any, count: int | None = None) -> jax.Array:
+    """Zeros of a type; with `count`, with an axis of that length in front."""
+    front = () if count is None else (count,)
+    if is_explicit(aval):
+        spec = PartitionSpec(*([None] * len(front)), *aval.sharding.spec)
+        made = jnp.zeros((*front, *aval.shape), aval.dtype, device=NamedSharding(aval.sharding.mesh, spec))
+    else:
+        made = jnp.zeros((*front, *aval.shape), aval.dtype)
+    return lax.pcast(made, tuple(axes), to="varying") if (axes := varying(aval)) else made
