@@ -1,22 +1,40 @@
-"""Guards of what can be differentiated once, in reverse: they say so where JAX would speak of `custom_vjp` and `while`."""
+"""Guards of what can be differentiated once, in reverse: they say so where JAX would speak of `custom_vjp` and `while`.
+
+The tangent of what is guarded is refused where it is used, not where it is made: what `jax.lax.stop_gradient` drops is fine.
+"""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 
-def reverse_only(arrays: Sequence[Any]) -> jax.Array:
-    """A number for a `custom_vjp` to take beside `arrays`, whose tangent can be transposed, and not computed."""
-    return reverse_only_p.bind(*arrays)
+@jax.custom_jvp
+def reverse_only(arrays: Sequence[Any]) -> Any:
+    """A number for a `custom_vjp` to take beside `arrays`: its tangent can be transposed, and not computed."""
+    return np.float32(0)
 
 
+@partial(reverse_only.defjvp, symbolic_zeros=True)
+def _(primals, tangents):
+    given = [t for t in tangents[0] if not isinstance(t, SymbolicZero)]
+    return np.float32(0), unusable_p.bind(*given, transposes=True)
+
+
+@jax.custom_jvp
 def differentiated_once(x: Any) -> Any:
-    """`x`, which has no derivative."""
-    return once_p.bind(x)
+    """`x`, with a tangent that can be neither computed nor transposed."""
+    return x
+
+
+@differentiated_once.defjvp
+def _(primals, tangents):
+    return primals[0], unusable_p.bind(*tangents, transposes=False)
 
 
 def _refuse(*args: Any, **params: Any) -> Any:
@@ -26,34 +44,18 @@ def _refuse(*args: Any, **params: Any) -> Any:
     )
 
 
-def _number(name: str) -> Primitive:
-    primitive = Primitive(name)
-    primitive.def_abstract_eval(lambda *arrays: jax.typeof(jnp.float32(0)))
-    return primitive
+def _transposed(ct, *tangents, transposes):
+    return [ad.Zero(t.aval) for t in tangents] if transposes else _refuse()
 
 
-reverse_only_p = _number("jaxckpt_reverse_only")
-reverse_only_p.def_impl(lambda *arrays: jnp.float32(0))
-batching.primitive_batchers[reverse_only_p] = lambda arrays, axes: (reverse_only_p.bind(), None)
-mlir.register_lowering(reverse_only_p, mlir.lower_fun(lambda *arrays: jnp.float32(0), multiple_results=False))
+def _batched(tangents, axes, *, transposes):
+    # JAX asks the `custom_vjp` behind it next, even where nobody uses that.
+    return _refuse() if transposes else (unusable_p.bind(*tangents, transposes=False), axes[0])
 
 
-def _jvp(primals, tangents):
-    tangents = [t for t in tangents if not isinstance(t, ad.Zero)]
-    return reverse_only_p.bind(*primals), tangent_p.bind(*tangents)
-
-
-ad.primitive_jvps[reverse_only_p] = _jvp
-
-tangent_p = _number("jaxckpt_tangent")
-tangent_p.def_impl(_refuse)
-batching.primitive_batchers[tangent_p] = _refuse
-mlir.register_lowering(tangent_p, _refuse)
-ad.primitive_transposes[tangent_p] = lambda ct, *tangents: [ad.Zero(t.aval) for t in tangents]
-
-once_p = Primitive("jaxckpt_once")
-once_p.def_impl(lambda x: x)
-once_p.def_abstract_eval(lambda x: x)
-ad.primitive_jvps[once_p] = _refuse
-batching.defvectorized(once_p)
-mlir.register_lowering(once_p, lambda ctx, x: [x])
+unusable_p = Primitive("jaxckpt_unusable")  # of all tangents a number, or of one the same
+unusable_p.def_abstract_eval(lambda *ts, transposes: jax.core.ShapedArray((), np.dtype("float32")) if transposes else ts[0])
+unusable_p.def_impl(_refuse)
+ad.deflinear2(unusable_p, _transposed)
+batching.primitive_batchers[unusable_p] = _batched
+mlir.register_lowering(unusable_p, _refuse)

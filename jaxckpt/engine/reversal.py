@@ -288,7 +288,6 @@ class _Saved(NamedTuple):
 
 def _forward(block: _Block, plan: _Plan, inputs: Inputs) -> tuple[tuple[Arrays, Arrays], _Saved]:
     saved = inputs._replace(carry=[])
-    inputs = inputs.like(map(differentiated_once, inputs.flat()))
 
     def head(state, bounds):
         start, count = bounds
@@ -311,7 +310,8 @@ def _forward(block: _Block, plan: _Plan, inputs: Inputs) -> tuple[tuple[Arrays, 
         state, snaps = lax.scan(head, state, plan.heads)
     if plan.rest < plan.length:
         state, slots = lax.scan(run_and_keep, state, np.arange(plan.rest, plan.length, dtype=np.int32))
-    return state, _Saved(_Static(block, plan), saved, snaps, slots, block.same(inputs))
+    out = jax.tree.map(differentiated_once, state)
+    return out, _Saved(_Static(block, plan), saved, snaps, slots, block.same(inputs))
 
 
 def _backward(saved: _Saved, cotangents: tuple[Arrays, Arrays]) -> tuple[Inputs, None]:
@@ -380,7 +380,7 @@ def _backward(saved: _Saved, cotangents: tuple[Arrays, Arrays]) -> tuple[Inputs,
     nothing_yet = Inputs(*([zeros(jax.typeof(leaf)) for leaf in part] for part in _selected(inputs, wanted)))
     state = nothing_yet._replace(carry=of_carry), saved.snaps, saved.slots
     (sums, _, _), _ = lax.scan(chunk, state, rows)
-    rest = iter(sums.flat())
+    rest = map(differentiated_once, sums.flat())
     return wanted.like([next(rest) if yes else None for yes in wanted.flat()]), None
 
 

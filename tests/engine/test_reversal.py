@@ -265,13 +265,13 @@ def cases(count):
         yield k * chunks, k, rng.randint(1, chunks)
 
 
-@pytest.mark.parametrize("length, k, snapshots", cases(8))
+@pytest.mark.parametrize("length, k, snapshots", list(cases(8)))
 def test_runs_are_the_fewest(length, k, snapshots):
     assert runs(length, blocks_per_ckpt=k, snapshots=snapshots, policy="nothing") == fewest_runs(length, k, snapshots)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("length, k, snapshots", cases(200))
+@pytest.mark.parametrize("length, k, snapshots", list(cases(200)))
 def test_runs_are_the_fewest_in_full(length, k, snapshots):
     assert runs(length, blocks_per_ckpt=k, snapshots=snapshots, policy="nothing") == fewest_runs(length, k, snapshots)
 
@@ -300,8 +300,10 @@ def test_frozen_parameters_have_no_gradient_buffer():
         lambda f, x: jax.jvp(f, (x,), (x,)),
         lambda f, x: jax.linearize(f, x)[1](x),
         lambda f, x: jax.jacfwd(f)(x),
+        lambda f, x: jax.jvp(jax.vmap(f), (x[None],), (x[None],)),
+        lambda f, x: jax.linearize(jax.vmap(f), x[None])[1](x[None]),
     ],
-    ids=["jvp", "linearize", "jacfwd"],
+    ids=["jvp", "linearize", "jacfwd", "jvp of vmap", "linearize of vmap"],
 )
 def test_forward_mode_names_the_other_engine(transform, jit):
     w, x, mask = inputs()
@@ -317,6 +319,31 @@ def test_second_derivatives_name_the_other_engine(second, jit):
     w, x, mask = inputs()
     with pytest.raises(TypeError, match=r"no second derivatives .*engine='scan'"):
         second(jit(lambda x: reversed_scan(block)(w, x, mask=mask).sum()))(x)
+
+
+@pytest.mark.parametrize("knobs", [{"blocks_per_ckpt": 3}, {"snapshots": 2}], ids=str)
+def test_second_derivatives_through_loops_name_the_other_engine(knobs):
+    w, x, mask = inputs()
+    loss = jax.grad(lambda x: reversed_scan(block, **knobs)(w, x, mask=mask).sum())
+    with pytest.raises(TypeError, match=r"no second derivatives .*engine='scan'"):
+        jax.grad(lambda x: (loss(x) ** 2).sum())(x)
+
+
+@pytest.mark.parametrize("knobs", [{}, {"blocks_per_ckpt": 3}, {"snapshots": 2}], ids=str)
+def test_gradients_of_gradients_that_are_stopped(knobs):
+    """As in a first-order inner step of meta-learning."""
+    w, x, mask = inputs()
+
+    def after_a_step(stack, w):
+        loss = lambda w: (stack(w, x, mask=mask) ** 2).sum()  # noqa: E731
+        step = jax.lax.stop_gradient(jax.grad(loss)(w))
+        return loss(jax.tree.map(lambda w, g: w - 0.01 * g, w, step))
+
+    got, want = (
+        jax.jit(jax.grad(partial(after_a_step, stack)))(w)
+        for stack in (reversed_scan(block, **knobs), checkpoint_scan(block))
+    )
+    assert relative_error(got, want) < 1e-5
 
 
 @pytest.mark.parametrize("knobs", [{}, {"blocks_per_ckpt": 3}, {"snapshots": 2}, {"stages": "tags:h"}], ids=str)
