@@ -287,8 +287,6 @@ class _Saved(NamedTuple):
 
 
 def _forward(block: _Block, plan: _Plan, inputs: Inputs) -> tuple[tuple[Arrays, Arrays], _Saved]:
-    saved = inputs._replace(carry=[])
-
     def head(state, bounds):
         start, count = bounds
         return _loop(start, _known(plan.heads.count, count), run, state), to_snap(state[0])
@@ -310,8 +308,8 @@ def _forward(block: _Block, plan: _Plan, inputs: Inputs) -> tuple[tuple[Arrays, 
         state, snaps = lax.scan(head, state, plan.heads)
     if plan.rest < plan.length:
         state, slots = lax.scan(run_and_keep, state, np.arange(plan.rest, plan.length, dtype=np.int32))
-    out = jax.tree.map(differentiated_once, state)
-    return out, _Saved(_Static(block, plan), saved, snaps, slots, block.same(inputs))
+    saved = _Saved(_Static(block, plan), inputs._replace(carry=[]), snaps, slots, block.same(inputs))
+    return jax.tree.map(differentiated_once, state), saved
 
 
 def _backward(saved: _Saved, cotangents: tuple[Arrays, Arrays]) -> tuple[Inputs, None]:
@@ -370,7 +368,7 @@ def _backward(saved: _Saved, cotangents: tuple[Arrays, Arrays]) -> tuple[Inputs,
             carry, snaps = lax.fori_loop(row.begin, row.end, advance, (carry, snaps))
         if plan.by_input:
             return (reverse(row.start, block.slot_of(carry), sums), snaps, slots), None
-        if snaps:
+        if plan.rows.again.any():
             slots = keep(row, carry, slots)
         end = row.count - 1
         count = _known(plan.rows.count, row.count)

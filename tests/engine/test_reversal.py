@@ -109,6 +109,20 @@ def test_keys_integers_aux_and_per_block_arguments(knobs):
     assert relative_error(value_and_gradients(ours, *args), value_and_gradients(plain, *args)) < 1e-12
 
 
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("knobs", [{}, {"blocks_per_ckpt": 2}, {"blocks_per_ckpt": 2, "policy": "nothing"}], ids=str)
+def test_a_carry_that_does_not_move(knobs):
+    def aux_of(w, x):
+        return x, jnp.sin(x @ w["up"]) ** 2
+
+    def plain(w, x):
+        return x, jnp.stack([aux_of(jax.tree.map(lambda leaf, i=i: leaf[i], w), x)[1] for i in range(N)])
+
+    w, x, _ = inputs("float64")
+    got = value_and_gradients(reversed_scan(aux_of, has_aux=True, **knobs), w, x)
+    assert relative_error(got, value_and_gradients(plain, w, x)) < 1e-12
+
+
 def test_without_jit_too():
     stack = reversed_scan(block, blocks_per_ckpt=3)
     got = value_and_gradients(of_stack(stack), *inputs(), jit=False)
