@@ -250,6 +250,12 @@ def nbytes(aval: Any) -> int:
     return math.prod(aval.shape) * aval.dtype.itemsize
 
 
+def varying(aval: Any) -> frozenset[str]:
+    """The mesh axes along which a value differs under `shard_map`."""
+    manual = getattr(aval, "manual_axis_type", None)
+    return frozenset(getattr(manual, "varying", None) or getattr(aval, "vma", None) or ())
+
+
 def slice_types(tree: Any) -> Any:
     """`tree` as shapes, dtypes and shardings without its leading axis: what one block is given."""
     return jax.eval_shape(lambda t: jax.tree.map(lambda leaf: leaf[0], t), tree)

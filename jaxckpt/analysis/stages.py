@@ -204,10 +204,19 @@ def _waiting(values: list[Any], awaited: list[Any]) -> list[Any]:
 @_waiting.defjvp
 def _(primals, tangents):
     values, awaited = primals
-    if not awaited:
-        return values, tangents[0]
-    is_there = functools.reduce(operator.or_, map(_some_bits, awaited), jnp.uint32(1)) != 0  # always, and XLA cannot know
-    return values, [t if t.dtype == jax.dtypes.float0 else jnp.where(is_there, t, 0) for t in tangents[0]]
+
+    # Under `shard_map` a tangent that is equal along an axis stays so: it does not wait for what differs there.
+    @functools.cache
+    def is_there(axes: frozenset[str]) -> jax.Array:
+        bits = [_some_bits(value) for value in awaited if jx.varying(jax.typeof(value)) <= axes]
+        return functools.reduce(operator.or_, bits, jnp.uint32(1)) != 0  # always, and XLA cannot know
+
+    def waiting(tangent: Any) -> Any:
+        if not awaited or tangent.dtype == jax.dtypes.float0:
+            return tangent
+        return jnp.where(is_there(jx.varying(jax.typeof(tangent))), tangent, 0)
+
+    return values, list(map(waiting, tangents[0]))
 
 
 def _some_bits(value: Any) -> jax.Array:

@@ -11,7 +11,7 @@ from jax import lax
 from jaxckpt._leaves import named_leaves, same_leaves
 from jaxckpt._setting import Setting
 from jaxckpt.analysis import jaxpr as jx
-from jaxckpt.engine.types import is_explicit, varying
+from jaxckpt.engine.types import is_explicit
 
 
 class Names(NamedTuple):
@@ -164,7 +164,7 @@ def settle_carry(carry: tuple, leaves: list[Any], out_types: Sequence[Any], name
             raise TypeError(_other_type(name, given, out, names))
         if given.dtype != out.dtype:
             settled[k] = lax.convert_element_type(leaf, jnp.result_type(leaf, out.dtype))
-        elif missing := varying(out) - varying(given):
+        elif missing := jx.varying(out) - jx.varying(given):
             settled[k] = lax.pcast(leaf, tuple(missing), to="varying")
         elif given.sharding != out.sharding and is_explicit(out):
             raise TypeError(_other_sharding(name, given, out, names))

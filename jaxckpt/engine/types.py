@@ -7,11 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-
-def varying(aval: Any) -> frozenset[str]:
-    """The mesh axes along which a value differs under `shard_map`."""
-    manual = getattr(aval, "manual_axis_type", None)
-    return frozenset(getattr(manual, "varying", None) or getattr(aval, "vma", None) or ())
+from jaxckpt.analysis.jaxpr import varying
 
 
 def is_explicit(aval: Any) -> bool:

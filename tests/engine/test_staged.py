@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 
 from jaxckpt import checkpoint_scan, explain
 from tests.support import QUICK, plain_loop, random_like, relative_error
@@ -116,6 +117,25 @@ def test_nnx():
 
     got, want = run("auto"), run(None)
     assert relative_error(jax.tree.leaves(got), jax.tree.leaves(want)) < 1e-5
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("engine", ["scan", "reversal"])
+def test_values_that_vary_over_devices_and_values_that_do_not(engine):
+    def both(w, x, *, mask):
+        scale = jnp.sin(mask)  # the same on all devices, and crosses the cut
+        return block(w, x, mask=scale, scale=scale)
+
+    w, x, mask = random_like(jax.tree.map(lambda a: a.astype("float64"), (W, jnp.zeros((5, 6)), jnp.zeros((1, 6)))))
+    stack = checkpoint_scan(both, stages="tags:first", engine=engine)
+    shard_map = jax.shard_map(
+        lambda w, x, mask: stack(w, x, mask=mask),
+        mesh=jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)),
+        in_specs=(P(), P("data"), P()),
+        out_specs=P("data"),
+    )
+    got = gradients(shard_map, w, x, mask)
+    assert relative_error(got, gradients(lambda w, x, mask: plain_loop(both, w, x, mask=mask), w, x, mask)) < 1e-12
 
 
 def test_runs_of_a_block():
