@@ -18,9 +18,8 @@ def is_explicit(aval: Any) -> bool:
 def zeros(aval: Any, count: int | None = None) -> jax.Array:
     """Zeros of a type; with `count`, with an axis of that length in front."""
     front = () if count is None else (count,)
-    if is_explicit(aval):
+    made = jnp.zeros((*front, *aval.shape), aval.dtype)
+    if is_explicit(aval):  # `reshard`, because outside of `jax.set_mesh` `zeros` of JAX 0.12 forgets what it is told
         spec = PartitionSpec(*([None] * len(front)), *aval.sharding.spec)
-        made = jnp.zeros((*front, *aval.shape), aval.dtype, device=NamedSharding(aval.sharding.mesh, spec))
-    else:
-        made = jnp.zeros((*front, *aval.shape), aval.dtype)
+        made = jax.sharding.reshard(made, NamedSharding(aval.sharding.mesh, spec))
     return lax.pcast(made, tuple(axes), to="varying") if (axes := varying(aval)) else made

@@ -35,8 +35,7 @@ def args():
 
 
 def export_for_gpu(fn, *args):
-    pinned = jax.export.DisabledSafetyCheck.custom_call("LayoutConstraint")  # of the reversal engine
-    return jax.export.export(jax.jit(fn), platforms=["cuda"], disabled_checks=[pinned])(*args)
+    return jax.export.export(jax.jit(fn), platforms=["cuda"])(*args)
 
 
 @offloading
