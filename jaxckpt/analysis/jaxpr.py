@@ -8,11 +8,13 @@ things that have no public name are recognised by theirs: the primitive `io_call
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import SymbolicZero
 from jax.extend import core
 
 from jaxckpt._leaves import replaced
@@ -293,6 +295,26 @@ def vjp_of_inexact(fn: Callable[..., list[Any]], inputs: Sequence[Any]) -> tuple
     return jax.vjp(of_inexact, *(inputs[i] for i in inexact))
 
 
+def perturbed(fn: Callable[..., list[Any]], types: Sequence[Any], where: Sequence[int]) -> list[bool]:
+    """Which outputs of `fn` have a tangent where the inputs `where` have one: those behind a `stop_gradient` do not."""
+    found: list[bool] = []
+
+    @jax.custom_jvp
+    def noted(out):
+        return out
+
+    @partial(noted.defjvp, symbolic_zeros=True)
+    def _(primals, tangents):
+        found[:] = [not isinstance(tangent, SymbolicZero) for tangent in tangents[0]]
+        return primals[0], tangents[0]
+
+    def differentiated(*inputs):
+        return jax.vjp(lambda *values: noted(fn(*replaced(inputs, where, values))), *(inputs[i] for i in where))[0]
+
+    out = jax.eval_shape(differentiated, *types)
+    return found or [False] * len(out)
+
+
 def impure_effects(closed: Any) -> list[str]:
     """The side effects that cannot be run again: all but debugging output. `io_callback`s by their function's name."""
     effects = [effect for effect in closed.effects if type(effect).__name__ not in _HARMLESS]
@@ -347,6 +369,15 @@ def selected(closed: Any, outputs: Sequence[int]) -> Any:
             eqns.append(eqn)
             needed.update(var for var in eqn.invars if not isinstance(var, core.Literal))
     return core.ClosedJaxpr(closed.jaxpr.replace(outvars=outvars, eqns=eqns[::-1]), closed.consts)
+
+
+def used(closed: Any) -> list[bool]:
+    """Which inputs the outputs depend on."""
+    jaxpr = selected(closed, range(len(closed.jaxpr.outvars))).jaxpr
+    found = {
+        var for vars in [jaxpr.outvars, *(e.invars for e in jaxpr.eqns)] for var in vars if not isinstance(var, core.Literal)
+    }
+    return [var in found for var in jaxpr.invars]
 
 
 def _transparent(eqn: Any) -> Any:

@@ -243,7 +243,7 @@ def _minima(live: list[int], n: int) -> list[int]:
     return sorted(sorted(found, key=live.__getitem__)[:_MOST_CANDIDATES])
 
 
-def _prefix_sums(numbers: list[int]) -> list[int]:
+def _prefix_sums(numbers: Sequence[int]) -> list[int]:
     sums = [0]
     for number in numbers:
         sums.append(sums[-1] + number)

@@ -12,7 +12,7 @@ Which inputs to store is the business of `jaxckpt.engine.schedule`, whose steps 
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
-from jax.extend.core import Literal
+from jax.interpreters import ad
 
 from jaxckpt._leaves import replaced
 from jaxckpt._setting import Setting
@@ -34,6 +34,7 @@ from jaxckpt.engine.types import zeros
 from jaxckpt.policies.grammar import JaxPolicy, everything, nothing
 
 Arrays = list[Any]
+Slot = dict[int, Any]  # what the reversal of a block wants, by number
 
 
 class Inputs(NamedTuple):
@@ -87,18 +88,29 @@ def reverse_blocks(step: Step, inputs: Inputs, length: int, setting: Setting, ke
 # --- the order of things ------------------------------------------------------------------------------------------------
 
 
-class _Heads(NamedTuple):
-    """What the forward pass runs behind each snapshot: the first block, the number of blocks."""
+class _Head(NamedTuple):
+    """A part of the forward pass: a snapshot is taken, and the blocks behind it are run."""
 
     start: Any
     count: Any
 
 
-class _Rows(NamedTuple):
-    """Chunks in the order of their reversal.
+class _Advance(NamedTuple):
+    """A part of the way to a chunk's input: the carry is stored in a slot of snapshots, and the blocks behind it are run."""
 
-    The first block and the number of blocks, how many of these are run again, the slot of the snapshot restored, and the
-    segments advanced over, from `begin` to `end`.
+    snap: Any
+    start: Any
+    count: Any
+
+
+class _Chunk(NamedTuple):
+    """How a chunk is reversed.
+
+    Fields:
+        start, count: its blocks.
+        again: how many of them are run again, to keep what their reversals want.
+        snap: the slot of the snapshot that is restored.
+        begin, end: which advances lead from there to the input of the chunk.
     """
 
     start: Any
@@ -109,31 +121,24 @@ class _Rows(NamedTuple):
     end: Any
 
 
-class _Segments(NamedTuple):
-    """The slot in which the carry is stored first, the first block of the advance and the number of blocks."""
-
-    snap: Any
-    start: Any
-    count: Any
-
-
 class _Plan(NamedTuple):
     """Which blocks are run when.
 
     Fields:
         on_host: whether snapshots lie in host memory.
         by_input: chunks are of one block, and what its reversal wants is its input: there are no slots.
-        rest: the first block of the last chunk, where the forward pass begins to keep; `length` if `by_input`.
+        kept_from: the first block of the last chunk, where the forward pass begins to keep; `length` if `by_input`.
+        heads, chunks, advances: tables with a row for each, in the order in which they are run.
     """
 
     length: int
     keep: JaxPolicy
     on_host: bool
     by_input: bool
-    rest: int
-    heads: _Heads
-    rows: _Rows
-    segments: _Segments
+    kept_from: int
+    heads: _Head
+    chunks: _Chunk
+    advances: _Advance
 
 
 def _plan(length: int, setting: Setting, keep: JaxPolicy) -> _Plan:
@@ -143,33 +148,36 @@ def _plan(length: int, setting: Setting, keep: JaxPolicy) -> _Plan:
     by_input = size == 1 and keep is nothing
     counts = [length % size] * (length % size > 0) + [size] * (length // size)
     starts = [0, *itertools.accumulate(counts)]
-    first, *others = reversal_schedule(len(counts), setting.snapshots or len(counts)).reversals
-    heads = [0, *(starts[step] for step, _ in first.stores)] if first.step else []
-    heads += [starts[first.step]] * by_input
-    rest = length if by_input else starts[first.step]
-    rows = [(starts[first.step], counts[-1], 0, len(heads) - 1, 0, 0)]
-    segments = []
-    for reversal in others:
-        stops = [(reversal.start, reversal.slot), *reversal.stores, (reversal.step, -1)]
-        new = [(snap, starts[a], starts[b] - starts[a]) for (a, snap), (b, _) in itertools.pairwise(stops) if a < b]
-        count = counts[reversal.step]
-        again = 0 if by_input else count
-        rows.append((starts[reversal.step], count, again, reversal.slot, len(segments), len(segments) + len(new)))
-        segments += new
+    forward, *others = reversal_schedule(len(counts), setting.snapshots or len(counts)).reversals
+    last = starts[-2]
+    kept_from = length if by_input else last
+    snaps = [0, *(starts[chunk] for chunk, _ in forward.stores)] if forward.step else []
+    snaps += [last] * by_input
+    chunks = [_Chunk(last, counts[-1], 0, len(snaps) - 1, 0, 0)]
+    advances: list[_Advance] = []
+    for chunk, restored, slot, stores in others:
+        stops = [(restored, slot), *stores, (chunk, -1)]
+        begin = len(advances)
+        advances += [
+            _Advance(snap, starts[a], starts[b] - starts[a]) for (a, snap), (b, _) in itertools.pairwise(stops) if a < b
+        ]
+        again = 0 if by_input else counts[chunk]
+        chunks.append(_Chunk(starts[chunk], counts[chunk], again, slot, begin, len(advances)))
     return _Plan(
         length=length,
         keep=keep,
         on_host=setting.offload_carry,
         by_input=by_input,
-        rest=rest,
-        heads=_Heads(*_columns([(a, b - a) for a, b in itertools.pairwise([*heads, rest])], 2)),
-        rows=_Rows(*_columns(rows, 6)),
-        segments=_Segments(*_columns(segments, 3)),
+        kept_from=kept_from,
+        heads=_table(_Head, [_Head(a, b - a) for a, b in itertools.pairwise([*snaps, kept_from])]),
+        chunks=_table(_Chunk, chunks),
+        advances=_table(_Advance, advances),
     )
 
 
-def _columns(rows: list[tuple[int, ...]], count: int) -> np.ndarray:
-    return np.array(rows, np.int32).reshape(-1, count).T
+def _table(kind: Any, rows: Sequence[tuple[int, ...]]) -> Any:
+    """Rows of one kind as one of that kind, whose fields are columns."""
+    return kind(*np.array(rows, np.int32).reshape(-1, len(kind._fields)).T)
 
 
 # --- one block ----------------------------------------------------------------------------------------------------------
@@ -180,90 +188,105 @@ class _Block:
 
     What the reversal wants is not kept where it is an input of the block, but for the carry. What depends on no slice and no
     carry is the same for all blocks, and kept once.
+
+    Values that are kept go by the number of the output of `_kept` that they are.
+
+    Attributes:
+        wanted: the inputs that have gradients.
+        slot: what goes into a slot.
+        in_carry, in_ys: where that is a leaf of the carry, or a `y`, which of them.
     """
 
     def __init__(self, step: Step, keep: JaxPolicy, straight: bool, inputs: Inputs, perturbed: Inputs):
-        self.step = step
         types = inputs._replace(xs=jx.slice_types(inputs.xs))
-        # A carry that has no tangent gets one on its way.
-        asked = perturbed._replace(carry=[True] * len(inputs.carry))
-        self.wanted = inputs.like([yes and _is_inexact(t) for yes, t in zip(asked.flat(), types.flat(), strict=True)])
-        where = [i for i, yes in enumerate(self.wanted.flat()) if yes]
+        self.step = step
+        self.wanted = _wanted(step, types, perturbed)
+        where = _true(self.wanted.flat())
+        pull_tree: Any = None
 
         def kept(*flat: Any) -> Arrays:
+            nonlocal pull_tree
+
             def of_wanted(*values: Any) -> tuple[Arrays, Arrays]:
                 return step(types.like(replaced(flat, where, values)))
 
             fn = of_wanted if keep is everything else jax.checkpoint(of_wanted, policy=keep, prevent_cse=straight)
             (carry, ys), pull = jax.vjp(fn, *(flat[i] for i in where))
-            leaves, self._pull = jax.tree.flatten(pull)
+            leaves, pull_tree = jax.tree.flatten(pull)
             return [*carry, *ys, *leaves]
 
         closed = jx.trace(kept, *types.flat())
-        self._kept = jx.as_function(closed)
-        self._carried = len(inputs.carry)
-        self._out_types = closed.out_avals[: len(closed.out_avals) - self._pull.num_leaves]
-        self._find_sources(closed, inputs)
+        self._kept, self._types, self._pull_tree = jx.as_function(closed), closed.out_avals, pull_tree
+        self._ys = slice(len(inputs.carry), len(closed.out_avals) - pull_tree.num_leaves)
+        self._find_sources(closed, types)
 
-    def _find_sources(self, closed: Any, inputs: Inputs) -> None:
-        """Where each leaf of the pullback comes from: an input, a slot, or what is the same for all blocks."""
-        number = inputs.like(range(len(inputs.flat())))
-        varying = jx.dependent(closed.jaxpr, [*number.xs, *number.carry])
-        first = len(self._out_types)
-        outvars, inputs_of = closed.jaxpr.outvars[first:], jx.forwarded(closed.jaxpr)[first:]
+    def _find_sources(self, closed: Any, types: Inputs) -> None:
+        """Where each leaf of the pullback is when a block is reversed: the part of what is given, and its number there."""
+        invars, from_input = closed.jaxpr.invars, jx.forwarded(closed.jaxpr)
+        values = [id(var if k is None else invars[k]) for var, k in zip(closed.jaxpr.outvars, from_input, strict=True)]
+        number = types.like(range(len(invars)))
+        varying = set(map(id, jx.dependent(closed.jaxpr, [*number.xs, *number.carry])))
         self._sources: list[tuple[str, int]] = []
-        kept: dict[str, list[Any]] = {"slot": [], "same": []}
-        which: dict[str, list[int]] = {"slot": [], "same": []}
-        for i, (var, source) in enumerate(zip(outvars, inputs_of, strict=True), first):
-            if source is not None and source not in number.carry:
-                self._sources.append(("input", source))
-                continue
-            is_literal = isinstance(var, Literal)
-            kind = "slot" if source is not None or (not is_literal and var in varying) else "same"
-            key = i if is_literal else var if source is None else source
-            if key not in kept[kind]:
-                kept[kind].append(key)
-                which[kind].append(i)
-            self._sources.append((kind, kept[kind].index(key)))
-        self._slot = which["slot"]
-        self._same = jx.as_function(jx.selected(closed, which["same"])) if which["same"] else None
-        in_carry = [number.carry.index(key) if key in number.carry else None for key in kept["slot"]]
-        self.keeps_only_carry = None not in in_carry
-        self._slot_in_carry = in_carry
+        first: dict[int, int] = {}
+        for i in range(self._ys.stop, len(values)):
+            k = from_input[i]
+            if k is not None and k not in number.carry:
+                self._sources.append(("input", k))
+            else:
+                self._sources.append(("slot" if values[i] in varying else "same", first.setdefault(values[i], i)))
+        self.slot = dict.fromkeys(i for part, i in self._sources if part == "slot")
+        self._same = list(dict.fromkeys(i for part, i in self._sources if part == "same"))
+        self._make_same = jx.as_function(jx.selected(closed, self._same))
+        carry, ys = [id(invars[k]) for k in number.carry], values[self._ys]
+        self.in_carry = {i: carry.index(values[i]) for i in self.slot if values[i] in carry}
+        self.in_ys = {i: ys.index(values[i]) for i in self.slot if values[i] in ys}
 
     @property
-    def y_types(self) -> list[Any]:
-        return self._out_types[self._carried :]
+    def y_types(self) -> Sequence[Any]:
+        return self._types[self._ys]
 
-    def slot_of(self, carry: Arrays) -> Arrays:
+    def slot_of(self, carry: Arrays) -> Slot:
         """What goes into a slot, where it is nothing but the carry."""
-        return [carry[k] for k in self._slot_in_carry]
+        return {i: carry[k] for i, k in self.in_carry.items()}
 
-    def run_and_keep(self, inputs: Inputs) -> tuple[Arrays, Arrays, Arrays]:
-        """The next carry, the `y`s, and what goes into a slot."""
+    def run_and_keep(self, inputs: Inputs, numbers: Iterable[int]) -> tuple[Arrays, Arrays, Slot]:
+        """The next carry, the `y`s, and these values of a slot."""
         out = self._kept(*inputs.flat())
-        end = len(self._out_types)
-        return out[: self._carried], out[self._carried : end], [out[i] for i in self._slot]
+        return out[: self._ys.start], out[self._ys], {i: out[i] for i in numbers}
 
-    def same(self, inputs: Inputs) -> Arrays:
+    def same(self, inputs: Inputs) -> Slot:
         """What the reversals of all blocks want alike."""
-        if self._same is None:
-            return []
-        return self._same(*inputs._replace(xs=[x[0] for x in inputs.xs]).flat())
+        values = self._make_same(*inputs._replace(xs=[x[0] for x in inputs.xs]).flat()) if self._same else []
+        return dict(zip(self._same, values, strict=True))
 
-    def reverse(self, inputs: Inputs, slot: Arrays, same: Arrays, gradient: Arrays) -> Inputs:
+    def reverse(self, inputs: Inputs, slot: Slot, same: Slot, of_carry: Arrays, of_ys: Arrays) -> Inputs:
         """Gradients of what is wanted; the carry of `inputs` is not looked at.
 
         Arguments:
-            gradient: of the inexact outputs.
+            slot: without what nobody asks for where `of_ys` are zeros.
+            of_carry: the gradients of the wanted leaves of the carry.
+            of_ys: those of the `y`s; None for zeros.
         """
-        found = {"input": inputs.flat(), "slot": slot, "same": same}
-        pull = jax.tree.unflatten(self._pull, [found[kind][i] for kind, i in self._sources])
-        given = iter(gradient)
-        # JAX wants zeros of this type for integers.
-        ct = [next(given) if _is_inexact(t) else np.zeros(t.shape, jax.dtypes.float0) for t in self._out_types]
-        gradients = iter(pull((ct[: self._carried], ct[self._carried :])))
+        given = {"input": inputs.flat(), "slot": {i: zeros(self._types[i]) for i in self.slot} | slot, "same": same}
+        pull = jax.tree.unflatten(self._pull_tree, [given[part][i] for part, i in self._sources])
+        rest = iter(of_carry)
+        cts = [*(next(rest) if yes else None for yes in self.wanted.carry), *of_ys]
+        cts = [ad.Zero(t.to_tangent_aval()) if ct is None else ct for ct, t in zip(cts, self._types, strict=False)]
+        gradients = iter(pull((cts[: self._ys.start], cts[self._ys])))
         return Inputs(*([next(gradients) for yes in part if yes] for part in self.wanted))
+
+
+def _wanted(step: Step, types: Inputs, perturbed: Inputs) -> Inputs:
+    """Which inputs have gradients. A leaf of the carry that has no tangent at first may get one on its way."""
+    inexact = types.like([_is_inexact(t) for t in types.flat()])
+    wanted = types.like([p and yes for p, yes in zip(perturbed.flat(), inexact.flat(), strict=True)])
+    while wanted.carry != inexact.carry:
+        moved = jx.perturbed(lambda *flat: step(types.like(flat))[0], types.flat(), _true(wanted.flat()))
+        carry = [a or b for a, b in zip(wanted.carry, moved, strict=True)]
+        if carry == wanted.carry:
+            break
+        wanted = wanted._replace(carry=carry)
+    return wanted
 
 
 # --- all blocks ---------------------------------------------------------------------------------------------------------
@@ -282,8 +305,8 @@ class _Saved(NamedTuple):
     static: _Static
     inputs: Inputs  # without carry
     snaps: Arrays  # the carry's leaves, `[snapshots, ...]`
-    slots: Arrays  # `[size, ...]`
-    same: Arrays
+    slots: Slot  # `[size, ...]`
+    same: Slot
 
 
 def _forward(block: _Block, plan: _Plan, inputs: Inputs) -> tuple[tuple[Arrays, Arrays], _Saved]:
@@ -298,16 +321,20 @@ def _forward(block: _Block, plan: _Plan, inputs: Inputs) -> tuple[tuple[Arrays, 
 
     def run_and_keep(state, i):
         carry, ys = state
-        carry, y, slot = block.run_and_keep(_inputs_at(inputs, i, carry))
+        carry, y, slot = block.run_and_keep(_inputs_at(inputs, i, carry), kept)
         return (carry, _put(ys, i, y)), slot
 
+    # With one chunk, what is kept of it and returned too is stored once.
+    returned = {} if plan.kept_from else block.in_ys
+    kept = block.slot.keys() - returned
     to_snap = _to_host if plan.on_host else list
     state = inputs.carry, [zeros(t, plan.length) for t in block.y_types]
-    snaps, slots = [], []
+    snaps, slots = [], {}
     if plan.heads.start.size:
         state, snaps = lax.scan(head, state, plan.heads)
-    if plan.rest < plan.length:
-        state, slots = lax.scan(run_and_keep, state, np.arange(plan.rest, plan.length, dtype=np.int32))
+    if plan.kept_from < plan.length:
+        state, slots = lax.scan(run_and_keep, state, np.arange(plan.kept_from, plan.length, dtype=np.int32))
+        slots |= {i: state[1][k] for i, k in returned.items()}
     saved = _Saved(_Static(block, plan), inputs._replace(carry=[]), snaps, slots, block.same(inputs))
     return jax.tree.map(differentiated_once, state), saved
 
@@ -315,17 +342,21 @@ def _forward(block: _Block, plan: _Plan, inputs: Inputs) -> tuple[tuple[Arrays, 
 def _backward(saved: _Saved, cotangents: tuple[Arrays, Arrays]) -> tuple[Inputs, None]:
     block, plan = saved.static.block, saved.static.plan
     inputs, wanted = saved.inputs, block.wanted
-    to_snap, from_snap, reverse_block, rows, segments = list, list, block.reverse, plan.rows, plan.segments
+    to_snap, from_snap, reverse_block, chunks, advances = list, list, block.reverse, plan.chunks, plan.advances
     if plan.on_host:
         # XLA of JAX 0.10.2 and 0.11.0 burns those offsets on the host into the program that it can follow, and wrongly.
-        rows, segments = lax.optimization_barrier(jax.tree.map(jnp.asarray, (rows, segments)))
+        chunks, advances = lax.optimization_barrier(jax.tree.map(jnp.asarray, (chunks, advances)))
         to_snap, from_snap, reverse_block = _to_host, _to_device, functools.partial(apart, always(), block.reverse)
-    # Nothing is done with those of integers.
-    of_carry, of_ys = ([_instantiated(ct) for ct in part if _is_inexact(ct)] for part in cotangents)
+    of_carry = [
+        zeros(ct.aval) if isinstance(ct, SymbolicZero) else ct
+        for ct, yes in zip(cotangents[0], wanted.carry, strict=True)
+        if yes
+    ]
+    of_ys = [None if isinstance(ct, SymbolicZero) or not _is_inexact(ct) else ct for ct in cotangents[1]]
 
     def reverse(i, slot, sums):
         here = _inputs_at(inputs, i, [None] * len(wanted.carry))
-        new = reverse_block(here, slot, saved.same, [*sums.carry, *_at(of_ys, i)])
+        new = reverse_block(here, slot, saved.same, sums.carry, _at(of_ys, i))
         return Inputs(
             constants=list(map(jnp.add, sums.constants, new.constants)),
             xs=_put(sums.xs, i, new.xs),
@@ -335,49 +366,53 @@ def _backward(saved: _Saved, cotangents: tuple[Arrays, Arrays]) -> tuple[Inputs,
 
     def advance(p, state):
         carry, snaps = state
-        segment = _Segments(*_at(segments, p))
-        snaps = _put(snaps, segment.snap, to_snap(carry))
-        return _loop(segment.start, segment.count, lambda i, carry: run(i, carry), carry), snaps
+        part = _at(advances, p)
+        snaps = _put(snaps, part.snap, to_snap(carry))
+        return _loop(part.start, part.count, run, carry), snaps
 
     def run(i, carry):
         return block.step(_inputs_at(inputs, i, carry))[0]
 
-    def keep(row, carry, slots):
+    def keep(chunk, carry, slots):
         """Slots for the chunk that begins with `carry`; those of the last chunk are kept from the forward pass."""
-        if not block.keeps_only_carry:
+        if block.in_carry.keys() != block.slot.keys():
 
             def run_and_keep(k, state):
                 carry, slots = state
-                carry, _, slot = block.run_and_keep(_inputs_at(inputs, row.start + k, carry))
+                carry, _, slot = block.run_and_keep(_inputs_at(inputs, chunk.start + k, carry), slots)
                 return carry, _put(slots, k, slot)
 
-            return _loop(0, row.again, run_and_keep, (carry, slots))[1]
+            return _loop(0, chunk.again, run_and_keep, (carry, slots))[1]
 
         def keep_and_run(k, state):
             carry, slots = state
-            return run(row.start + k, carry), _put(slots, k, block.slot_of(carry))
+            return run(chunk.start + k, carry), _put(slots, k, block.slot_of(carry))
 
-        runs = jnp.maximum(row.again - 1, 0)  # for what the last block returns, nobody asks
+        runs = jnp.maximum(chunk.again - 1, 0)  # for what the last block returns, nobody asks
         carry, slots = _loop(0, runs, keep_and_run, (carry, slots))
-        return _loop(runs, row.again - runs, lambda k, slots: _put(slots, k, block.slot_of(carry)), slots)
+        return _loop(runs, chunk.again - runs, lambda k, slots: _put(slots, k, block.slot_of(carry)), slots)
 
-    def chunk(state, row):
+    def reverse_chunk(state, chunk):
         sums, snaps, slots = state
-        carry = from_snap(_at(snaps, row.snap))
-        if plan.segments.start.size:
-            carry, snaps = lax.fori_loop(row.begin, row.end, advance, (carry, snaps))
+        carry = from_snap(_at(snaps, chunk.snap))
+        if plan.advances.start.size:
+            carry, snaps = lax.fori_loop(chunk.begin, chunk.end, advance, (carry, snaps))
         if plan.by_input:
-            return (reverse(row.start, block.slot_of(carry), sums), snaps, slots), None
-        if plan.rows.again.any():
-            slots = keep(row, carry, slots)
-        end = row.count - 1
-        count = _known(plan.rows.count, row.count)
-        sums = _loop(0, count, lambda k, sums: reverse(row.start + end - k, _at(slots, end - k), sums), sums)
+            return (reverse(chunk.start, block.slot_of(carry), sums), snaps, slots), None
+        if plan.chunks.again.any():
+            slots = keep(chunk, carry, slots)
+        end = chunk.count - 1
+        count = _known(plan.chunks.count, chunk.count)
+        sums = _loop(0, count, lambda k, sums: reverse(chunk.start + end - k, _at(slots, end - k), sums), sums)
         return (sums, snaps, slots), None
 
     nothing_yet = Inputs(*([zeros(jax.typeof(leaf)) for leaf in part] for part in _selected(inputs, wanted)))
-    state = nothing_yet._replace(carry=of_carry), saved.snaps, saved.slots
-    (sums, _, _), _ = lax.scan(chunk, state, rows)
+    sums, slots = nothing_yet._replace(carry=of_carry), saved.slots
+    if None in of_ys and plan.chunks.again.any():  # then less is asked for, and room for the rest would be made in vain
+        asked = jx.used(jx.trace(lambda slot: reverse(0, slot, sums).flat(), _at(slots, 0)))
+        slots = {i: slots[i] for i, yes in zip(sorted(slots), asked, strict=True) if yes}
+    state = sums, saved.snaps, slots
+    (sums, _, _), _ = lax.scan(reverse_chunk, state, chunks)
     rest = map(differentiated_once, sums.flat())
     return wanted.like([next(rest) if yes else None for yes in wanted.flat()]), None
 
@@ -392,15 +427,14 @@ def _inputs_at(inputs: Inputs, i: Any, carry: Arrays) -> Inputs:
     return inputs._replace(xs=_at(inputs.xs, i), carry=carry)
 
 
-def _at(arrays: Sequence[Any], i: Any) -> Arrays:
-    return [lax.dynamic_index_in_dim(a, i, keepdims=False, allow_negative_indices=False) for a in arrays]
+def _at(arrays: Any, i: Any) -> Any:
+    return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, keepdims=False, allow_negative_indices=False), arrays)
 
 
-def _put(arrays: Arrays, i: Any, values: Arrays) -> Arrays:
-    return [
-        lax.dynamic_update_index_in_dim(a, value, i, 0, allow_negative_indices=False)
-        for a, value in zip(arrays, values, strict=True)
-    ]
+def _put(arrays: Any, i: Any, values: Any) -> Any:
+    return jax.tree.map(
+        lambda a, value: lax.dynamic_update_index_in_dim(a, value, i, 0, allow_negative_indices=False), arrays, values
+    )
 
 
 def _loop(start: Any, count: Any, body: Callable[[Any, Any], Any], state: Any) -> Any:
@@ -424,5 +458,5 @@ def _is_inexact(array: Any) -> bool:
     return jnp.issubdtype(array.dtype, jnp.inexact)
 
 
-def _instantiated(cotangent: Any) -> Any:
-    return zeros(cotangent.aval) if isinstance(cotangent, SymbolicZero) else cotangent
+def _true(flags: Sequence[bool]) -> list[int]:
+    return [i for i, yes in enumerate(flags) if yes]

@@ -290,6 +290,59 @@ def test_runs_are_the_fewest_in_full(length, k, snapshots):
     assert runs(length, blocks_per_ckpt=k, snapshots=snapshots, policy="nothing") == fewest_runs(length, k, snapshots)
 
 
+def attending(w, x):
+    scores = jnp.exp(x @ x.T)  # [R, R], a residual if it is differentiated
+    return x + jnp.tanh(x @ w), scores
+
+
+@pytest.mark.parametrize("use", [lambda y, aux: y.sum(), lambda y, aux: (y.sum(), aux)], ids=["dropped", "returned"])
+@pytest.mark.parametrize("knobs", [{}, {"blocks_per_ckpt": 4}, {"policy": "everything"}], ids=str)
+def test_aux_that_is_not_differentiated_costs_no_more_than_with_the_scan_engine(knobs, use):
+    args = [jax.ShapeDtypeStruct(shape, "float32") for shape in ((16, 32, 32), (128, 32))]
+
+    def temp_bytes(engine):
+        stack = checkpoint_scan(attending, has_aux=True, engine=engine, **knobs)
+        loss = lambda w, x: use(*stack(w, x))  # noqa: E731
+        grad = jax.grad(loss, has_aux=isinstance(use(jnp.ones(1), 1), tuple))
+        return jax.jit(grad).lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+    assert temp_bytes("reversal") <= 1.05 * temp_bytes("scan")
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("knobs", [{}, {"blocks_per_ckpt": 3}, {"policy": "everything"}, {"snapshots": 2}], ids=str)
+def test_aux_of_which_a_part_is_differentiated(knobs):
+    def with_aux(w, x):
+        y, scores = attending(w, x)
+        return y, {"used": jnp.sin(scores).sum(), "unused": jnp.cos(scores), "whole": jnp.int32(1)}
+
+    def loss(engine, knobs, w, x):
+        y, aux = checkpoint_scan(with_aux, has_aux=True, engine=engine, **knobs)(w, x)
+        return (y**2).sum() + (aux["used"] ** 2).sum(), aux
+
+    args = random_like((jnp.zeros((5, 4, 4)), jnp.zeros((3, 4))))
+    got, want = (
+        jax.jit(jax.value_and_grad(partial(loss, *setting), (0, 1), has_aux=True))(*args)
+        for setting in (("reversal", knobs), ("scan", {}))
+    )
+    assert relative_error(got, want) < 1e-12
+
+
+@pytest.mark.parametrize("knobs", [{}, {"blocks_per_ckpt": 2}, {"policy": "everything"}], ids=str)
+def test_a_leaf_of_the_carry_that_is_not_differentiated(knobs):
+    """It may go through what has no derivative, as in the scan engine."""
+
+    def slower(w, x, t):
+        return x + jnp.tanh(x @ w) * t, jax.lax.while_loop(lambda t: t > 0.5, lambda t: t * 0.7, t) + 0.4
+
+    def loss(engine, knobs, w, x):
+        return checkpoint_scan(slower, engine=engine, **knobs)(w, x, jnp.float32(2))[0].sum()
+
+    args = random_like((jnp.zeros((5, 4, 4)), jnp.zeros((3, 4))))
+    got, want = (jax.jit(jax.grad(partial(loss, *s), (0, 1)))(*args) for s in (("reversal", knobs), ("scan", {})))
+    assert relative_error(got, want) < 1e-5
+
+
 def test_frozen_parameters_have_no_gradient_buffer():
     w, x, mask = inputs()
 
