@@ -38,9 +38,9 @@ def as_function(closed: Any, first: int = 0) -> Callable[..., list[Any]]:
     return core.jaxpr_as_fun(closed)
 
 
-def with_constants(closed: Any, constants: list[Any]) -> Any:
-    """The same jaxpr with other values for its constants."""
-    return core.ClosedJaxpr(closed.jaxpr, constants)
+def closed(jaxpr: Any, constants: list[Any]) -> Any:
+    """A jaxpr with values for its constants."""
+    return core.ClosedJaxpr(jaxpr, constants)
 
 
 def as_numbered_function(closed: Any, first: int = 0) -> Callable[..., list[Any]]:

@@ -4,26 +4,19 @@ The tangent of what is guarded is refused where it is used, not where it is made
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.custom_derivatives import SymbolicZero
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 
-@jax.custom_jvp
-def reverse_only(arrays: Sequence[Any]) -> Any:
+def reverse_only(arrays: Sequence[Any]) -> jax.Array:
     """A number for a `custom_vjp` to take beside `arrays`: its tangent can be transposed, and not computed."""
-    return np.float32(0)
-
-
-@partial(reverse_only.defjvp, symbolic_zeros=True)
-def _(primals, tangents):
-    given = [t for t in tangents[0] if not isinstance(t, SymbolicZero)]
-    return np.float32(0), unusable_p.bind(*given, transposes=True)
+    return reverse_only_p.bind(*arrays)
 
 
 @jax.custom_jvp
@@ -44,17 +37,37 @@ def _refuse(*args: Any, **params: Any) -> Any:
     )
 
 
+_NUMBER = ShapedArray((), np.dtype("float32"))
+
+
+def _zero(*arrays: Any) -> jax.Array:
+    return jnp.zeros((), "float32")
+
+
+def _jvp(arrays, tangents):
+    given = [t for t in tangents if not isinstance(t, ad.Zero)]
+    return reverse_only_p.bind(*arrays), unusable_p.bind(*given, transposes=True)
+
+
+reverse_only_p = Primitive("jaxckpt_reverse_only")
+reverse_only_p.def_abstract_eval(lambda *arrays: _NUMBER)
+reverse_only_p.def_impl(_zero)
+ad.primitive_jvps[reverse_only_p] = _jvp
+batching.primitive_batchers[reverse_only_p] = lambda arrays, axes: (reverse_only_p.bind(*arrays), None)
+mlir.register_lowering(reverse_only_p, mlir.lower_fun(_zero, multiple_results=False))
+
+
 def _transposed(ct, *tangents, transposes):
     return [ad.Zero(t.aval) for t in tangents] if transposes else _refuse()
 
 
 def _batched(tangents, axes, *, transposes):
-    # JAX asks the `custom_vjp` behind it next, even where nobody uses that.
+    # Tangents of a number are batched in forward mode only, where JAX would ask the `custom_vjp` behind it next.
     return _refuse() if transposes else (unusable_p.bind(*tangents, transposes=False), axes[0])
 
 
-unusable_p = Primitive("jaxckpt_unusable")  # of all tangents a number, or of one the same
-unusable_p.def_abstract_eval(lambda *ts, transposes: jax.core.ShapedArray((), np.dtype("float32")) if transposes else ts[0])
+unusable_p = Primitive("jaxckpt_unusable")  # of all tangents that of the number, or of one the same
+unusable_p.def_abstract_eval(lambda *tangents, transposes: _NUMBER if transposes else tangents[0])
 unusable_p.def_impl(_refuse)
 ad.deflinear2(unusable_p, _transposed)
 batching.primitive_batchers[unusable_p] = _batched

@@ -22,7 +22,7 @@ from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis.stages import Piece, cuts_at_tags, find_cuts, in_pieces, pieces_between
 from jaxckpt.engine import check
 from jaxckpt.engine.offload import guard_offload
-from jaxckpt.engine.reversal import Inputs, reverse_blocks
+from jaxckpt.engine.reversal import Inputs, Step, reverse_blocks
 from jaxckpt.engine.scan import scan_blocks
 from jaxckpt.policies.grammar import JaxPolicy, everything, nothing
 
@@ -126,30 +126,30 @@ class Run:
             constants: of the block's jaxpr.
             as_function: makes a function of a jaxpr whose first equation is of that number in the block.
         """
-        moving = [carry[i] for i in self.moving]
         passed = [leaf for i, leaf in enumerate(carry) if i not in self.moving]
-        inputs = Inputs(constants, xs, mark(moving), [*passed, *arrays])
-
-        def step(inputs: Inputs) -> tuple[list[Any], list[Any]]:
-            closed = jx.with_constants(self.closed, inputs.constants)
-            if self.pieces:
-                keep = nothing if self.keep is everything else self.keep
-                piece = functools.partial(jax.checkpoint, policy=keep, prevent_cse=True)
-                block = in_pieces(closed, self.pieces, piece, as_function)
-            else:
-                block = as_function(closed, 0)
-            passed, arrays = iter(inputs.shared[: len(carry) - len(moving)]), inputs.shared[len(carry) - len(moving) :]
-            moved = iter(inputs.carry)
-            given = [next(moved if i in self.moving else passed) for i in range(len(carry))]
-            out = block(*inputs.xs, *given, *arrays)
-            return [out[i] for i in self.moving], [out[i] for i in self.computed]
-
+        inputs = Inputs(constants, xs, mark([carry[i] for i in self.moving]), [*passed, *arrays])
+        step = self._step(len(carry), as_function)
         if self.setting.engine == "reversal":
             last, ys = reverse_blocks(step, inputs, self.length, self.setting, self.keep)
         else:
             scanned = lambda moved, x: step(inputs._replace(xs=x, carry=moved))  # noqa: E731
             last, ys = scan_blocks(scanned, inputs.carry, xs, self.length, self.setting, self.keep, self.carry_to_host)
         return replaced(carry, self.moving, mark(last)), ys
+
+    def _step(self, carried: int, as_function: Callable[[Any, int], Callable[..., list[Any]]]) -> Step:
+        """One block, for either engine; it closes over no traced value, and so not over `self`."""
+        jaxpr, pieces, moving, computed = self.closed.jaxpr, self.pieces, self.moving, self.computed
+        piece = functools.partial(jax.checkpoint, policy=nothing if self.keep is everything else self.keep, prevent_cse=True)
+
+        def step(inputs: Inputs) -> tuple[list[Any], list[Any]]:
+            closed = jx.closed(jaxpr, inputs.constants)
+            block = in_pieces(closed, pieces, piece, as_function) if pieces else as_function(closed, 0)
+            moved, shared = iter(inputs.carry), iter(inputs.shared)
+            given = [next(moved if i in moving else shared) for i in range(carried)]
+            out = block(*inputs.xs, *given, *shared)
+            return [out[i] for i in moving], [out[i] for i in computed]
+
+        return step
 
 
 # Where a list is set, each run of a stack is appended to it; runs inside a block are not.
