@@ -47,6 +47,16 @@ def always() -> jax.Array:
     return lax.optimization_barrier(jnp.array(True))
 
 
+def to_host(arrays: list[Any]) -> list[Any]:
+    """To host memory, in loops that take slices of it; `jax.vmap` would make gathers of those, which read no host memory."""
+    return jax.device_put([unbatched_p.bind(array) for array in arrays], jax.memory.Space.Host)
+
+
+def to_device(arrays: list[Any]) -> list[Any]:
+    """Back from host memory."""
+    return jax.device_put(arrays, jax.memory.Space.Device)
+
+
 class _Watch:
     """Whether a policy has offloaded a value; lowering comes after differentiation, so it knows."""
 
@@ -101,3 +111,18 @@ batching.defvectorized(guard_p)
 mlir.register_lowering(guard_p, lambda ctx, x, *, watch: [x])
 for _platform in ("cuda", "rocm"):
     mlir.register_lowering(guard_p, _refuse, platform=_platform)
+
+
+def _refuse_batches(*args, **params):
+    raise NotImplementedError(
+        "offload_carry=True with engine='reversal' does not work under jax.vmap, only on whole batches: give the carry the "
+        "batch axis and write jax.vmap inside of the block, or engine='scan', or leave offload_carry away"
+    )
+
+
+unbatched_p = Primitive("jaxckpt_unbatched")
+unbatched_p.def_impl(lambda x: x)
+unbatched_p.def_abstract_eval(lambda x: x)
+ad.deflinear2(unbatched_p, lambda ct, x: [ct])
+batching.primitive_batchers[unbatched_p] = _refuse_batches
+mlir.register_lowering(unbatched_p, lambda ctx, x: [x])

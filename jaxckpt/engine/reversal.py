@@ -27,7 +27,7 @@ from jaxckpt._leaves import replaced
 from jaxckpt._setting import Setting
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.engine.layout import row_major
-from jaxckpt.engine.offload import always, apart
+from jaxckpt.engine.offload import always, apart, to_device, to_host
 from jaxckpt.engine.once import differentiated_once, reverse_only
 from jaxckpt.engine.schedule import reversal_schedule
 from jaxckpt.engine.types import zeros
@@ -327,7 +327,7 @@ def _forward(block: _Block, plan: _Plan, inputs: Inputs) -> tuple[tuple[Arrays, 
     # With one chunk, what is kept of it and returned too is stored once.
     returned = {} if plan.kept_from else block.in_ys
     kept = block.slot.keys() - returned
-    to_snap = _to_host if plan.on_host else list
+    to_snap = to_host if plan.on_host else list
     state = inputs.carry, [zeros(t, plan.length) for t in block.y_types]
     snaps, slots = [], {}
     if plan.heads.start.size:
@@ -346,7 +346,7 @@ def _backward(saved: _Saved, cotangents: tuple[Arrays, Arrays]) -> tuple[Inputs,
     if plan.on_host:
         # XLA of JAX 0.10.2 and 0.11.0 burns those offsets on the host into the program that it can follow, and wrongly.
         chunks, advances = lax.optimization_barrier(jax.tree.map(jnp.asarray, (chunks, advances)))
-        to_snap, from_snap, reverse_block = _to_host, _to_device, functools.partial(apart, always(), block.reverse)
+        to_snap, from_snap, reverse_block = to_host, to_device, functools.partial(apart, always(), block.reverse)
     of_carry = [
         zeros(ct.aval) if isinstance(ct, SymbolicZero) else ct
         for ct, yes in zip(cotangents[0], wanted.carry, strict=True)
@@ -444,14 +444,6 @@ def _loop(start: Any, count: Any, body: Callable[[Any, Any], Any], state: Any) -
 def _known(column: np.ndarray, entry: Any) -> Any:
     """An entry of a column as a number, where all of it are equal: XLA knows more of a loop that it can count."""
     return column[0] if (column == column[0]).all() else entry
-
-
-def _to_host(arrays: Arrays) -> Arrays:
-    return jax.device_put(arrays, jax.memory.Space.Host)
-
-
-def _to_device(arrays: Arrays) -> Arrays:
-    return jax.device_put(arrays, jax.memory.Space.Device)
 
 
 def _is_inexact(array: Any) -> bool:

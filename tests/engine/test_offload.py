@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -156,6 +158,23 @@ def test_forward_mode_with_carries_on_the_host(args):
     got = jax.jit(lambda w, x: jax.jvp(checkpoint_scan(block, offload_carry=True), (w, x), (w, x)))(w, x)
     want = jax.jvp(lambda w, x: plain_loop(block, w, x), (w, x), (w, x))
     assert relative_error(got, want) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "batched",
+    [
+        lambda f, xs: jax.vmap(jax.grad(f))(xs),
+        lambda f, xs: jax.vmap(jax.jit(jax.grad(f)))(xs),
+        lambda f, xs: jax.grad(lambda xs: jax.vmap(f)(xs).sum())(xs),
+    ],
+    ids=["vmap of grad", "vmap of jit", "grad of vmap"],
+)
+def test_batches_of_carries_on_the_host_are_refused(batched, args):
+    w, x = args
+    stack = checkpoint_scan(block, offload_carry=True, engine="reversal")
+    with pytest.raises(NotImplementedError, match=r"offload_carry=True .* does not work under jax.vmap.*engine='scan'"):
+        batched(lambda x: stack(w, x).sum(), x[None])
+    assert jax.vmap(partial(stack, w))(x[None]).shape == (1, *x.shape)  # forward passes offload nothing
 
 
 def test_nothing_to_take_to_the_host():
