@@ -1,16 +1,19 @@
 """The knobs of a stack as one frozen value, checked where they are given."""
 
 import operator
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import jax
 import numpy as np
 
 from jaxckpt import policies
 from jaxckpt.policies.grammar import JaxPolicy, Policy
 
 ENGINES = ("scan", "reversal")
+FIXED_IN = (0, 11, 1)  # the JAX that offloads through `lax.scan` rightly, see `jaxckpt.engine.offload`
 Stages = None | Literal["auto"] | int | tuple[str, ...]  # pieces at most, or the tags to cut behind
 
 
@@ -53,9 +56,19 @@ def make_setting(
         blocks_per_ckpt = operator.index(blocks_per_ckpt)
     if snapshots is not None:
         check_snapshots(snapshots, length, blocks_per_ckpt)
+    if snapshots is not None and blocks_per_ckpt in (None, 1) and policy and not policies.get(policy).keeps_nothing:
+        warnings.warn(
+            f"snapshots={snapshots!r} of single blocks: each is reversed from its input, and policy={policy!r} changes "
+            "nothing. Write blocks_per_ckpt=2 or more for chunks in which it says what is kept, or leave it away",
+            stacklevel=3,
+        )
     if policy is None:
         policy = "nothing" if blocks_per_ckpt is None else "everything"
     policy = policies.get(policy)
+    if not isinstance(offload_carry, (bool, np.bool_)):
+        raise ValueError(
+            f"offload_carry, whether what enters each chunk goes to the host, must be a bool; got {offload_carry!r}"
+        )
     if offload_carry and blocks_per_ckpt is None and snapshots is None and not policy.keeps_nothing:
         raise ValueError(
             f"offload_carry=True moves what enters each chunk to the host, and policy={str(policy)!r} keeps values of all "
@@ -78,7 +91,7 @@ def make_setting(
         stages=_stages(stages),
         snapshots=None if snapshots is None else operator.index(snapshots),
         offload_carry=bool(offload_carry),
-        engine=_engine(engine, unroll, snapshots),
+        engine=_engine(engine, unroll, snapshots, bool(offload_carry)),
     )
 
 
@@ -97,14 +110,15 @@ def _stages(given: object) -> Stages:
     )
 
 
-def _engine(given: object, unroll: object, snapshots: object) -> str:
+def _engine(given: object, unroll: int | bool, snapshots: object, offload_carry: bool) -> str:
     """The engine that is asked for, or that the other knobs need."""
     if given is not None and given not in ENGINES:
         raise ValueError(f"engine, which runs the backward pass, must be {' or '.join(map(repr, ENGINES))}; got {given!r}")
-    engine = str(given or ("scan" if snapshots is None else "reversal"))
+    is_needed = snapshots is not None or (offload_carry and jax.__version_info__ < FIXED_IN)
+    engine = str(given or ("reversal" if is_needed else "scan"))
     if engine == "scan" and snapshots is not None:
         raise ValueError(f"snapshots={snapshots!r} is of the reversal engine: leave engine='scan' away, or snapshots")
-    if engine == "reversal" and unroll is not False and unroll != 1:
+    if engine == "reversal" and (unroll is True or unroll > 1):
         raise ValueError(f"unroll={unroll!r} is of the scan engine; the reversal engine has one block in each loop body")
     return engine
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -54,6 +55,40 @@ def test_the_chunk_size_waits_for_the_parameters_where_the_length_is_unknown():
 def test_unroll_may_be_a_flag_and_settings_tell_true_from_one(unroll, kept):
     assert setting(unroll=unroll).unroll == kept
     assert setting(unroll=True) != setting(unroll=1)
+
+
+@pytest.mark.parametrize("unroll", [True, 2])
+def test_the_reversal_engine_does_not_unroll(unroll):
+    for knobs in ({"engine": "reversal"}, {"snapshots": 2}):
+        with pytest.raises(ValueError, match=f"unroll={unroll} is of the scan engine; the reversal engine has one block"):
+            setting(unroll=unroll, **knobs)
+    assert setting(unroll=False, engine="reversal").unroll == 1
+
+
+@pytest.mark.parametrize("version, engine", [((0, 10, 2), "reversal"), ((0, 11, 0), "reversal"), ((0, 11, 1), "scan")])
+def test_the_engine_of_offload_carry_is_one_that_is_right(version, engine, monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", version)
+    assert setting(offload_carry=True).engine == engine
+    assert setting(offload_carry=True, engine="scan").engine == "scan"
+    assert setting().engine == setting(policy="offload:q").engine == "scan"
+
+
+@pytest.mark.parametrize("value", ["yes", 1, None])
+def test_what_is_not_an_offload_carry_is_refused(value):
+    with pytest.raises(ValueError, match=f"offload_carry, .*, must be a bool; got {value!r}"):
+        setting(offload_carry=value)
+    assert setting(offload_carry=np.True_).offload_carry is True
+
+
+@pytest.mark.parametrize("k", [None, 1])
+def test_a_policy_that_snapshots_ignore_is_a_note(k):
+    with pytest.warns(
+        UserWarning, match=r"snapshots=2 of single blocks: .* policy='save:q' changes nothing. Write blocks_per_ckpt"
+    ):
+        setting(snapshots=2, policy="save:q", blocks_per_ckpt=k)
+    setting(snapshots=2, policy="nothing", blocks_per_ckpt=k)
+    setting(snapshots=2, blocks_per_ckpt=k)
+    setting(snapshots=2, policy="save:q", blocks_per_ckpt=2, length=4)
 
 
 @pytest.mark.parametrize("unroll", [0, -1, 1.5, 2.0, "2", None, np.float32(2)])

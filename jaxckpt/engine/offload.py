@@ -16,11 +16,9 @@ from jax.ad_checkpoint import Offloadable
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from jaxckpt._setting import FIXED_IN
 from jaxckpt.engine.types import zeros
-from jaxckpt.policies.grammar import JaxPolicy
-
-FIXED_IN = (0, 11, 1)
-
+from jaxckpt.policies.grammar import JaxPolicy, everything, nothing
 
 CARRY = "jaxckpt_carry"  # the tag of what enters a chunk, where that goes to the host
 
@@ -78,6 +76,9 @@ def guard_offload(keep: JaxPolicy, may_offload: bool, version: tuple[int, ...] =
     watch = _Watch()
 
     def watched(policy: JaxPolicy) -> JaxPolicy:
+        if policy in (everything, nothing):  # known by identity elsewhere
+            return policy
+
         def asked(prim, *avals, **params):
             answer = policy(prim, *avals, **params)
             watch.offloaded |= isinstance(answer, Offloadable)
@@ -103,8 +104,13 @@ def _refuse(ctx, x, *, watch):
     return [x]
 
 
+def _lowered(x, *, watch):
+    with jax.disable_jit(False):
+        return jax.jit(lambda x: guard_p.bind(x, watch=watch))(x)
+
+
 guard_p = Primitive("jaxckpt_offload_guard")
-guard_p.def_impl(lambda x, *, watch: jax.jit(lambda x: guard_p.bind(x, watch=watch))(x))
+guard_p.def_impl(_lowered)
 guard_p.def_abstract_eval(lambda x, *, watch: x)
 ad.deflinear2(guard_p, lambda ct, x, *, watch: [ct])
 batching.defvectorized(guard_p)

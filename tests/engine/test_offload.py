@@ -140,7 +140,7 @@ def test_carries_on_the_host(engine, knobs, args, x64):
 
 
 def test_carries_through_the_scan_engine_for_a_gpu(args):
-    grad = jax.grad(lambda w, x: checkpoint_scan(block, offload_carry=True)(w, x).sum())
+    grad = jax.grad(lambda w, x: checkpoint_scan(block, offload_carry=True, engine="scan")(w, x).sum())
     if before_the_fix:
         with pytest.raises(NotImplementedError, match=REFUSAL + r".*engine='reversal'"):
             export_for_gpu(grad, *args)
@@ -148,16 +148,31 @@ def test_carries_through_the_scan_engine_for_a_gpu(args):
         assert export_for_gpu(grad, *args).platforms == ("cuda",)
 
 
-def test_carries_through_the_reversal_engine_for_a_gpu(args):
-    grad = jax.grad(lambda w, x: checkpoint_scan(block, offload_carry=True, engine="reversal")(w, x).sum())
+@pytest.mark.parametrize("engine", [{}, {"engine": "reversal"}], ids=str)
+def test_carries_through_an_engine_that_is_right_for_a_gpu(engine, args):
+    grad = jax.grad(lambda w, x: checkpoint_scan(block, offload_carry=True, **engine)(w, x).sum())
     assert export_for_gpu(grad, *args).platforms == ("cuda",)
 
 
 def test_forward_mode_with_carries_on_the_host(args):
     w, x = args
-    got = jax.jit(lambda w, x: jax.jvp(checkpoint_scan(block, offload_carry=True), (w, x), (w, x)))(w, x)
+    got = jax.jit(lambda w, x: jax.jvp(checkpoint_scan(block, offload_carry=True, engine="scan"), (w, x), (w, x)))(w, x)
     want = jax.jvp(lambda w, x: plain_loop(block, w, x), (w, x), (w, x))
     assert relative_error(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("knobs", [{"offload_carry": True, "engine": "scan"}, {"policy": "offload:q"}], ids=str)
+def test_without_jit(knobs, args):
+    loss = lambda stack: lambda w, x: (stack(w, x) ** 2).sum()  # noqa: E731
+    with jax.disable_jit():
+        got = jax.grad(loss(checkpoint_scan(block, **knobs)), (0, 1))(*args)
+    assert relative_error(got, jax.grad(loss(partial(plain_loop, block)), (0, 1))(*args)) < 1e-5
+
+
+@pytest.mark.parametrize("policy", ["everything", "nothing"])
+def test_policies_that_are_known_by_identity_stay(policy):
+    keep = policies.get(policy).for_tags(())
+    assert guard_offload(keep, may_offload=True, version=(0, 10, 2)).keep is keep
 
 
 @pytest.mark.parametrize(
