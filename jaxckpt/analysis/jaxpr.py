@@ -24,8 +24,10 @@ from jaxckpt._leaves import replaced
 _CALLS = ("jit", "pjit", "closed_call", "core_call", "eval_jaxpr")
 _CHECKPOINTS = ("remat2", "checkpoint")
 
+_NAMED_AXIS = "NamedAxisEffect"  # of collectives; nothing happens on the side
+
 # ErrorEffect: `checkify.check`, a value once `checkify` has transformed the program; JAX refuses it where nothing does.
-_HARMLESS = ("NamedAxisEffect", "DebugEffect", "OrderedDebugEffect", "ErrorEffect")
+_HARMLESS = (_NAMED_AXIS, "DebugEffect", "OrderedDebugEffect", "ErrorEffect")
 
 
 def trace(fn: Callable[..., Any], *args: Any) -> Any:
@@ -313,6 +315,11 @@ def perturbed(fn: Callable[..., list[Any]], types: Sequence[Any], where: Sequenc
 
     out = jax.eval_shape(differentiated, *types)
     return found or [False] * len(out)
+
+
+def effects(closed: Any) -> list[str]:
+    """The side effects, debugging output included."""
+    return sorted(str(effect) for effect in closed.effects if type(effect).__name__ != _NAMED_AXIS)
 
 
 def impure_effects(closed: Any) -> list[str]:

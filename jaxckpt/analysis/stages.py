@@ -144,10 +144,16 @@ def cuts_at_tags(closed: Any, tags: Sequence[str]) -> list[int]:
     """Cuts right behind the equations that give these names.
 
     Raises:
-        ValueError: a name that nothing in the block has.
+        ValueError: a name that nothing in the block has, or only something inside of what is not cut.
     """
     found = [jx.tag_of(eqn) for eqn in closed.jaxpr.eqns]
-    if missing := [tag for tag in tags if tag not in found]:
+    missing = [tag for tag in tags if tag not in found]
+    if inside := jx.tags(closed).intersection(missing):
+        raise ValueError(
+            f"stages: {', '.join(map(repr, sorted(inside)))} tags a value inside of a loop, a branch or a function with a "
+            "derivative of its own, and those are not cut: tag a value outside of it"
+        )
+    if missing:
         there = ", ".join(sorted({tag for tag in found if tag is not None})) or "none"
         raise ValueError(f"stages: nothing in the block is tagged {', '.join(map(repr, missing))}; its tags are: {there}")
     last = len(found) - 1

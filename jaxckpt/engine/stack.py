@@ -209,10 +209,10 @@ def _cut(setting: Setting, traced: "_Traced", slices: int, names: check.Names) -
     """The block's jaxpr, inlined where it is cut, and the pieces."""
     if setting.stages is None:
         return traced.closed, []
-    if traced.closed.effects:
+    if found := jx.effects(traced.closed):
         raise ValueError(
-            f"{names.block} has side effects ({', '.join(sorted(map(str, traced.closed.effects)))}), and stages cuts only "
-            "blocks without: take debugging output out of the block, or leave stages away"
+            f"{names.block} has side effects ({', '.join(found)}), and stages cuts only blocks without: take debugging "
+            "output out of the block, or leave stages away"
         )
     flat = jx.inlined(traced.closed, checkpoints=True)
     wanted = jx.residual_bytes(flat)

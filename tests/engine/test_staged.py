@@ -138,6 +138,17 @@ def test_values_that_vary_over_devices_and_values_that_do_not(engine):
     assert relative_error(got, gradients(lambda w, x, mask: plain_loop(both, w, x, mask=mask), w, x, mask)) < 1e-12
 
 
+@pytest.mark.parametrize("engine", ["scan", "reversal"])
+def test_collectives_are_no_side_effect(engine):
+    def mixing(w, x, *, mask):
+        return block(w, x + jax.lax.pmean(x, "batch"), mask=mask)
+
+    w, x = random_like((W, jnp.zeros((2, 5, 6))))
+    loss = lambda x, stages: checkpoint_scan(mixing, stages=stages, engine=engine)(w, x, mask=jnp.ones((5, 1))).sum()  # noqa: E731
+    got, want = (jax.vmap(jax.grad(loss), (0, None), axis_name="batch")(x, stages) for stages in ("tags:first", None))
+    assert relative_error(got, want) < 1e-5
+
+
 def test_runs_of_a_block():
     def counted_runs(**knobs):
         runs = []
@@ -180,6 +191,22 @@ def test_what_stages_may_be(stages):
 def test_unknown_tags():
     with pytest.raises(ValueError, match="block: stages: nothing in the block is tagged 'last'; its tags are: first"):
         checkpoint_scan(block, stages="tags:last")(W, jnp.zeros((5, 6)), mask=jnp.ones((5, 1)))
+
+
+@jax.custom_vjp
+def own(x):
+    return checkpoint_name(jnp.sin(x), "inside")
+
+
+own.defvjp(lambda x: (own(x), x), lambda x, ct: (ct * jnp.cos(x),))
+looped = lambda x: jax.lax.fori_loop(0, 2, lambda _, x: checkpoint_name(jnp.sin(x), "inside"), x)  # noqa: E731
+
+
+@pytest.mark.parametrize("within", [looped, own], ids=["a loop", "a derivative of its own"])
+def test_tags_inside_of_what_is_not_cut(within):
+    stack = checkpoint_scan(lambda w, x: jnp.cos(within(x) @ w), stages="tags:inside")
+    with pytest.raises(ValueError, match=r"stages: 'inside' tags a value inside of a loop.*tag a value outside of it"):
+        stack(jnp.ones((3, 4, 4)), jnp.ones((2, 4)))
 
 
 def test_nothing_to_cut_is_a_note():
