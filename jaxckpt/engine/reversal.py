@@ -187,9 +187,7 @@ class _Block:
     """One block: its run, its run that keeps what its reversal wants, and its reversal.
 
     What the reversal wants is not kept where it is an input of the block, but for the carry. What depends on no slice and no
-    carry is the same for all blocks, and kept once.
-
-    Values that are kept go by the number of the output of `_kept` that they are.
+    carry is the same for all blocks, and kept once. Values that are kept go by their number among the outputs of `_kept`.
 
     Attributes:
         wanted: the inputs that have gradients.
@@ -234,7 +232,7 @@ class _Block:
                 self._sources.append(("input", k))
             else:
                 self._sources.append(("slot" if values[i] in varying else "same", first.setdefault(values[i], i)))
-        self.slot = dict.fromkeys(i for part, i in self._sources if part == "slot")
+        self.slot = list(dict.fromkeys(i for part, i in self._sources if part == "slot"))
         self._same = list(dict.fromkeys(i for part, i in self._sources if part == "same"))
         self._make_same = jx.as_function(jx.selected(closed, self._same))
         carry, ys = [id(invars[k]) for k in number.carry], values[self._ys]
@@ -245,9 +243,9 @@ class _Block:
     def y_types(self) -> Sequence[Any]:
         return self._types[self._ys]
 
-    def slot_of(self, carry: Arrays) -> Slot:
-        """What goes into a slot, where it is nothing but the carry."""
-        return {i: carry[k] for i, k in self.in_carry.items()}
+    def slot_of(self, carry: Arrays, numbers: Iterable[int]) -> Slot:
+        """These values of a slot, which are nothing but the carry."""
+        return {i: carry[self.in_carry[i]] for i in numbers}
 
     def run_and_keep(self, inputs: Inputs, numbers: Iterable[int]) -> tuple[Arrays, Arrays, Slot]:
         """The next carry, the `y`s, and these values of a slot."""
@@ -267,7 +265,8 @@ class _Block:
             of_carry: the gradients of the wanted leaves of the carry.
             of_ys: those of the `y`s; None for zeros.
         """
-        given = {"input": inputs.flat(), "slot": {i: zeros(self._types[i]) for i in self.slot} | slot, "same": same}
+        slot = {i: slot[i] if i in slot else zeros(self._types[i]) for i in self.slot}
+        given = {"input": inputs.flat(), "slot": slot, "same": same}
         pull = jax.tree.unflatten(self._pull_tree, [given[part][i] for part, i in self._sources])
         rest = iter(of_carry)
         cts = [*(next(rest) if yes else None for yes in self.wanted.carry), *of_ys]
@@ -326,7 +325,7 @@ def _forward(block: _Block, plan: _Plan, inputs: Inputs) -> tuple[tuple[Arrays, 
 
     # With one chunk, what is kept of it and returned too is stored once.
     returned = {} if plan.kept_from else block.in_ys
-    kept = block.slot.keys() - returned
+    kept = [i for i in block.slot if i not in returned]
     to_snap = to_host if plan.on_host else list
     state = inputs.carry, [zeros(t, plan.length) for t in block.y_types]
     snaps, slots = [], {}
@@ -375,7 +374,7 @@ def _backward(saved: _Saved, cotangents: tuple[Arrays, Arrays]) -> tuple[Inputs,
 
     def keep(chunk, carry, slots):
         """Slots for the chunk that begins with `carry`; those of the last chunk are kept from the forward pass."""
-        if block.in_carry.keys() != block.slot.keys():
+        if not slots.keys() <= block.in_carry.keys():
 
             def run_and_keep(k, state):
                 carry, slots = state
@@ -386,11 +385,11 @@ def _backward(saved: _Saved, cotangents: tuple[Arrays, Arrays]) -> tuple[Inputs,
 
         def keep_and_run(k, state):
             carry, slots = state
-            return run(chunk.start + k, carry), _put(slots, k, block.slot_of(carry))
+            return run(chunk.start + k, carry), _put(slots, k, block.slot_of(carry, slots))
 
         runs = jnp.maximum(chunk.again - 1, 0)  # for what the last block returns, nobody asks
         carry, slots = _loop(0, runs, keep_and_run, (carry, slots))
-        return _loop(runs, chunk.again - runs, lambda k, slots: _put(slots, k, block.slot_of(carry)), slots)
+        return _loop(runs, chunk.again - runs, lambda k, slots: _put(slots, k, block.slot_of(carry, slots)), slots)
 
     def reverse_chunk(state, chunk):
         sums, snaps, slots = state
@@ -398,7 +397,7 @@ def _backward(saved: _Saved, cotangents: tuple[Arrays, Arrays]) -> tuple[Inputs,
         if plan.advances.start.size:
             carry, snaps = lax.fori_loop(chunk.begin, chunk.end, advance, (carry, snaps))
         if plan.by_input:
-            return (reverse(chunk.start, block.slot_of(carry), sums), snaps, slots), None
+            return (reverse(chunk.start, block.slot_of(carry, block.slot), sums), snaps, slots), None
         if plan.chunks.again.any():
             slots = keep(chunk, carry, slots)
         end = chunk.count - 1

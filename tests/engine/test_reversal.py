@@ -130,12 +130,16 @@ def test_without_jit_too():
 
 
 @pytest.mark.parametrize("knobs", [{}, {"blocks_per_ckpt": 2, "policy": "nothing"}, {"blocks_per_ckpt": 7}], ids=str)
-def test_the_same_bits_as_the_scan_engine(knobs):
+@pytest.mark.parametrize("other", ["scan engine", "plain loop"])
+def test_the_same_bits(other, knobs):
     """But for gradients of what blocks share: the scan engine adds those of a chunk first."""
+    if other == "scan engine" and knobs and jax.__version_info__ >= (0, 11):
+        pytest.skip("XLA of JAX 0.12 rounds otherwise in the nested loops of the scan engine")
     *args, mask = inputs()
+    reference = partial(plain_loop, block) if other == "plain loop" else checkpoint_scan(block, **knobs)
     ours, others = (
-        value_and_gradients(lambda w, x, e=e: checkpoint_scan(block, engine=e, **knobs)(w, x, mask=mask), *args)
-        for e in ("reversal", "scan")
+        value_and_gradients(lambda w, x, fn=fn: fn(w, x, mask=mask), *args)
+        for fn in (reversed_scan(block, **knobs), reference)
     )
     assert all((a == b).all() for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(others), strict=True))
 
@@ -328,18 +332,36 @@ def test_aux_of_which_a_part_is_differentiated(knobs):
     assert relative_error(got, want) < 1e-12
 
 
+@pytest.mark.parametrize("knobs", [{}, {"blocks_per_ckpt": 2, "policy": "nothing"}, {"blocks_per_ckpt": 2}], ids=str)
+def test_a_leaf_of_the_carry_that_only_aux_depends_on(knobs):
+    def two(w, x, t):
+        return (x + jnp.tanh(x @ w), t + jnp.sin(t @ w)), jnp.cos(t).sum()
+
+    def loss(engine, knobs, w, x, t):
+        (x, _), aux = checkpoint_scan(two, has_aux=True, engine=engine, **knobs)(w, x, t)
+        return (x**2).sum(), aux
+
+    args = random_like((jnp.zeros((5, 4, 4)), jnp.zeros((3, 4)), jnp.zeros((3, 4))))
+    got, want = (
+        jax.jit(jax.value_and_grad(partial(loss, *s), (0, 1, 2), has_aux=True))(*args)
+        for s in (("reversal", knobs), ("scan", {}))
+    )
+    assert relative_error(got, want) < 1e-5
+
+
 @pytest.mark.parametrize("knobs", [{}, {"blocks_per_ckpt": 2}, {"policy": "everything"}], ids=str)
 def test_a_leaf_of_the_carry_that_is_not_differentiated(knobs):
     """It may go through what has no derivative, as in the scan engine."""
 
-    def slower(w, x, t):
-        return x + jnp.tanh(x @ w) * t, jax.lax.while_loop(lambda t: t > 0.5, lambda t: t * 0.7, t) + 0.4
+    def slower(w, x, t, key, n):
+        t = jax.lax.while_loop(lambda t: t > 0.5, lambda t: t * 0.7, t) + 0.4
+        return x + jnp.tanh(x @ w) * t * jax.random.normal(key), t, jax.random.fold_in(key, n), n + 1
 
-    def loss(engine, knobs, w, x):
-        return checkpoint_scan(slower, engine=engine, **knobs)(w, x, jnp.float32(2))[0].sum()
+    def loss(engine, knobs, w):
+        return checkpoint_scan(slower, engine=engine, **knobs)(w, x, jnp.float32(2), jax.random.key(0), 0)[0].sum()
 
-    args = random_like((jnp.zeros((5, 4, 4)), jnp.zeros((3, 4))))
-    got, want = (jax.jit(jax.grad(partial(loss, *s), (0, 1)))(*args) for s in (("reversal", knobs), ("scan", {})))
+    w, x = random_like((jnp.zeros((5, 4, 4)), jnp.zeros((3, 4))))
+    got, want = (jax.jit(jax.grad(partial(loss, *s)))(w) for s in (("reversal", knobs), ("scan", {})))
     assert relative_error(got, want) < 1e-5
 
 
