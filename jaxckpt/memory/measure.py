@@ -35,7 +35,8 @@ class Measurement:
         hlo_instructions: the size of the compiled program.
         memory_bytes: of one device of the target, where it is known.
         seconds: the median time of a call; None if it was not asked for.
-        runtime_peak_bytes: the most memory of the device that the process had in use up to the end of those calls; None
+        runtime_peak_bytes: the most memory of the device that the process had in use up to the end of those calls; with
+            donation that is more than the program's own peak by the arguments, since copies of them are given away. None
             where the device does not count (CPUs).
         jax_version: peaks move with the compiler.
     """
