@@ -19,6 +19,7 @@ from flax import nnx
 from jax.extend.core import Literal
 
 from jaxckpt._leaves import split_arrays
+from jaxckpt._table import aligned
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis.cost import Cost, cost
 from jaxckpt.engine.stack import Run, observed
@@ -104,9 +105,7 @@ class Explanation:
         return dataclasses.asdict(self)
 
     def __str__(self) -> str:
-        rows = [_COLUMNS, *map(_cells, self.values)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines = aligned([_COLUMNS, *map(_cells, self.values)])
         return "\n".join([self._title(), "", *lines, "", *self._totals()])
 
     def to_html(self) -> str:
