@@ -119,6 +119,8 @@ def run_race(name: str, is_wanted: Callable[[Entry], bool], seconds: float, roun
     stack = workloads()[name]
     arguments = jax.block_until_ready(values_of(stack))
     field = entries(stack, arguments, is_wanted)
+    if len(field) == 1:
+        return []  # nothing to race against the reference
     for entry in (bar := tqdm(field, unit="system", dynamic_ncols=True)):
         bar.set_description(f"{name}: {entry.system}, {entry.setting}")
         if entry is not field[0] and time.monotonic() > begin + seconds * 2 / 3:
