@@ -87,9 +87,9 @@ def spread(depth: int) -> int:
 
 
 def expected_seconds(row: dict[str, Any], before: list[dict[str, Any]]) -> float:
-    """How long compiling will take at least: of a loop in Python, per block what it took for fewer blocks."""
+    """How long compiling a loop in Python will take: it grows with nearly the square of the number of blocks."""
     of_loops = [r for r in before if r["stack"] == row["stack"] and r["system"] == row["system"] == "Python loop"]
-    return max((r.get("compile_seconds", 0) * row["blocks"] / r["blocks"] for r in of_loops), default=0)
+    return max((r.get("compile_seconds", 0) * (row["blocks"] / r["blocks"]) ** 2 for r in of_loops), default=0)
 
 
 def systems(depth: int) -> list[System]:
