@@ -16,6 +16,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 from flax import nnx
+from jax.core import Tracer
 from jax.extend.core import Literal
 
 from jaxckpt._leaves import replaced, split_arrays
@@ -328,7 +329,7 @@ def _residuals(run: Run) -> list[_Residual]:
         return [*last, *ys]
 
     # Arrays that the block closes over are differentiated only where they are arguments of a function around the stack.
-    is_fixed = [not isinstance(value, jax.core.Tracer) for value in run.closed.consts]
+    is_fixed = [not isinstance(value, Tracer) for value in run.closed.consts]
     where = [i for i in range(len([*constants, *xs, *carry, *arrays])) if i >= len(is_fixed) or not is_fixed[i]]
 
     def residuals(*inputs: Any) -> list[Any]:
