@@ -4,6 +4,8 @@ import json
 import os
 import platform
 import re
+import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -48,3 +50,14 @@ def write_section(name: str, text: str, readme: Path) -> None:
     readme.parent.mkdir(parents=True, exist_ok=True)
     before, _, rest = readme.read_text().partition(begin) if readme.exists() else ("# Benchmarks\n\n", "", "")
     readme.write_text(f"{before.rstrip()}\n\n{begin}\n\n{text.strip()}\n\n{end}{rest.partition(end)[2] or chr(10)}")
+
+
+def in_a_child(script: str, *args: str, seconds: float, **variables: str) -> dict[str, Any]:
+    """The JSON that `script --child args` prints last, or an "error"; `variables` are added to its environment."""
+    command = [sys.executable, script, "--child", *args]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **variables}, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return {"error": f"no result in {seconds / 60:.0f} minutes"}
+    said = done.stdout.strip().splitlines()
+    return json.loads(said[-1]) if done.returncode == 0 and said else {"error": f"the process ended with {done.returncode}"}

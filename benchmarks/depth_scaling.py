@@ -2,7 +2,8 @@
 
 Compiles the loss of a stack and its gradients by the stacked parameters, for a GPU that need not be in the machine, at
 depths from 12 to 768 blocks: `checkpoint_scan` per block, in chunks of about the square root, with everything kept; and a
-Python loop of `jax.checkpoint`, as far as `--minutes` go. No number is of a run on a GPU.
+Python loop of `jax.checkpoint`, as far as `--minutes` go; the next call goes on where this one stopped, as long as JAX's
+version is the same. No number is of a run on a GPU.
 
     JAX_PLATFORMS=cpu PYTHONPATH=. python benchmarks/depth_scaling.py
 """
@@ -35,7 +36,9 @@ def main() -> None:
     new = {**environment(), **where}
     runs = load(path, "runs")
     old = next((run["rows"] for run in runs if key(run) == key(new)), [])
-    run = {**new, "rows": [row for row in old if row["stack"] not in options.stacks]}
+    is_kept = lambda row: row["stack"] not in options.stacks or not (options.again or "error" in row)  # noqa: E731
+    run = {**new, "rows": [row for row in old if is_kept(row)]}
+    done = [name_of(row) for row in run["rows"]]
     runs = [other for other in runs if key(other) != key(run)] + [run]
     begin = time.monotonic()
     for i, name in enumerate(options.stacks):
@@ -45,6 +48,8 @@ def main() -> None:
         for depth, system in (bar := tqdm(jobs, unit="row", dynamic_ncols=True)):
             bar.set_description(f"{depth} {name} blocks: {system.name}, {system.setting}")
             row = {"stack": name, "blocks": depth, "system": system.name, "setting": system.setting}
+            if name_of(row) in done:
+                continue
             stack = dataclasses.replace(STACKS[name], length=depth, chunk=chunk_near_sqrt(depth))
             if time.monotonic() + expected_seconds(row, run["rows"]) > end:
                 run["rows"].append({**row, "error": "not compiled: out of time"})
@@ -61,6 +66,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--stacks", nargs="+", choices=STACKS, default=list(STACKS))
     parser.add_argument("--depths", nargs="+", type=int, default=DEPTHS)
     parser.add_argument("--target", default="h200", help="a name or a file, see jaxckpt.targets")
+    parser.add_argument("--again", action="store_true", help="also what was compiled with this version of JAX before")
     parser.add_argument("--minutes", type=float, default=7, help="start nothing that would end after them")
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args()
@@ -70,6 +76,10 @@ def key(run: dict[str, Any]) -> tuple[str, ...]:
     return run["target"], run["versions"]["jax"]
 
 
+def name_of(row: dict[str, Any]) -> tuple[str, int, str, str]:
+    return row["stack"], row["blocks"], row["system"], row["setting"]
+
+
 def spread(depth: int) -> int:
     """The order in which depths are compiled: if time is out, those in the middle are left out."""
     order = (12, 48, 768, 24, 192, 96, 384)
@@ -77,9 +87,9 @@ def spread(depth: int) -> int:
 
 
 def expected_seconds(row: dict[str, Any], before: list[dict[str, Any]]) -> float:
-    """How long compiling will take at least: of a loop in Python, per block what it took for fewer blocks."""
+    """How long compiling a loop in Python will take: it grows with nearly the square of the number of blocks."""
     of_loops = [r for r in before if r["stack"] == row["stack"] and r["system"] == row["system"] == "Python loop"]
-    return max((r.get("compile_seconds", 0) * row["blocks"] / r["blocks"] for r in of_loops), default=0)
+    return max((r.get("compile_seconds", 0) * (row["blocks"] / r["blocks"]) ** 2 for r in of_loops), default=0)
 
 
 def systems(depth: int) -> list[System]:

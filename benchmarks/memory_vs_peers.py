@@ -18,8 +18,6 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -29,7 +27,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from _results import RESULTS, load, save, write_section
+from _results import RESULTS, in_a_child, load, save, write_section
 from _systems import Stack, System, gradient_error, loss_and_gradients, run_quickly, systems, version, workloads
 from tqdm import tqdm
 
@@ -132,16 +130,8 @@ def measured(name: str, target: str, system: System, checks: Iterable[dict[str, 
 
 def measured_in_time(name: str, target: str, system: System) -> dict[str, Any]:
     """The row of a slow system, from a process that is given up after `PATIENCE` seconds."""
-    command = [sys.executable, __file__, "--child", name, target, system.name, system.setting]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
-        said = done.stdout.strip().splitlines()
-        if done.returncode == 0 and said:
-            return json.loads(said[-1])
-        error = f"the process ended with {done.returncode}"
-    except subprocess.TimeoutExpired:
-        error = f"not compiled in {PATIENCE // 60} minutes"
-    return {**described(name, target, system), "error": error}
+    found = in_a_child(__file__, name, target, system.name, system.setting, seconds=PATIENCE)
+    return {**described(name, target, system), **found}
 
 
 def checked(row: dict[str, Any], system: System, stack: Stack, checks: Iterable[dict[str, Any]]) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import argparse
 import functools
 import json
 import os
-import subprocess
 import sys
 import time
 import warnings
@@ -22,7 +21,7 @@ from typing import Any
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the parent must leave the GPU to its children
 
 import jax
-from _results import RESULTS, environment, load, save, write_section
+from _results import RESULTS, environment, in_a_child, load, save, write_section
 from _systems import loss_and_gradients, our_stack, values, workloads
 from tqdm import tqdm
 
@@ -96,14 +95,8 @@ def in_a_process_of_its_own(*child: str) -> dict[str, Any]:
 
     The child takes nearly the whole GPU at once: an allocator that grows hands out larger pieces than were asked for.
     """
-    command = [sys.executable, __file__, "--child", *child]
-    env = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "true", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=240)
-    except subprocess.TimeoutExpired:
-        return {"error": "out of time"}
-    said = done.stdout.strip().splitlines()
-    return json.loads(said[-1]) if said else {"error": f"the process ended with {done.returncode}"}
+    taken_at_once = {"XLA_PYTHON_CLIENT_PREALLOCATE": "true", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}
+    return in_a_child(__file__, *child, seconds=240, **taken_at_once)
 
 
 def real_peak(workload: str, per_chunk: str, policy: str) -> dict[str, Any]:

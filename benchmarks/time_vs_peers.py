@@ -10,7 +10,8 @@ same round. Each must first reproduce loss and gradients of a plain loop over a 
     PYTHONPATH=. python benchmarks/time_vs_peers.py --workload pairformer-384 --systems jaxckpt torch    # on a GPU
 
 JAX's allocator never gives memory back: where torch runs too, systems whose peak is over 45% of the GPU are left out.
-Two thirds of `--minutes` are for compiling, the rest for rounds; what was left out says so.
+Two thirds of `--minutes` are for compiling, the rest for rounds. The next call races what was left out, with the same
+reference, as long as device and JAX's version are the same.
 """
 
 import argparse
@@ -47,6 +48,7 @@ from tqdm import tqdm
 
 REFERENCE = ("jaxckpt", "blocks_per_ckpt=None, nothing")
 PACKAGES = ("dm-haiku", "equinox", "haliax", "torch")
+OUT_OF_TIME, NOT_INSTALLED = "not compiled: out of time", "not installed"
 GIB = 2**30
 
 
@@ -66,9 +68,19 @@ def main() -> None:
     options = parse()
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     path = options.out / "time_vs_peers.json"
+    races = load(path, "races")
     race = {"workload": options.workload, "title": workloads()[options.workload].title, **environment(*PACKAGES)}
-    race["rows"] = run_race(options.workload, options.systems, 60 * options.minutes, options.rounds)
-    races = [other for other in load(path, "races") if key(other) != key(race)] + [race]
+    rows = {name_of(row): row for other in races if key(other) == key(race) for row in other["rows"]}
+
+    def is_wanted(entry: Entry) -> bool:
+        is_asked = any(part in f"{entry.system} {entry.setting}" for part in options.systems or [""])
+        return is_asked and (options.again or is_missing(rows.get((entry.system, entry.setting))))
+
+    for row in run_race(options.workload, is_wanted, 60 * options.minutes, options.rounds):
+        if row.get("error") != OUT_OF_TIME or name_of(row) not in rows:
+            rows[name_of(row)] = row
+    race["rows"] = [*rows.values()]
+    races = [other for other in races if key(other) != key(race)] + [race]
     save(path, "races", sorted(races, key=key))
     write_section("time_vs_peers", section(races), options.out.parent / "README.md")
     print(table(race))
@@ -79,6 +91,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", choices=workloads(), default=default)
     parser.add_argument("--systems", nargs="+", help="only those whose name or setting contains one of these")
+    parser.add_argument("--again", action="store_true", help="also what ran here with this version of JAX before")
     parser.add_argument("--rounds", type=int, default=30, help="at most")
     parser.add_argument("--minutes", type=float, default=8, help="at least five rounds are run")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -89,19 +102,29 @@ def key(race: dict[str, Any]) -> tuple[str, ...]:
     return race["workload"], race["device"], race["versions"]["jax"]
 
 
+def name_of(row: dict[str, Any]) -> tuple[str, str]:
+    return row["system"], row["setting"]
+
+
+def is_missing(row: dict[str, Any] | None) -> bool:
+    return row is None or row.get("error") in (OUT_OF_TIME, NOT_INSTALLED)
+
+
 # --- a race -------------------------------------------------------------------------------------------------------------
 
 
-def run_race(name: str, wanted: list[str] | None, seconds: float, rounds: int) -> list[dict[str, Any]]:
-    """Compiles the systems, the reference and torch first, and runs them in turns; a row for each."""
+def run_race(name: str, is_wanted: Callable[[Entry], bool], seconds: float, rounds: int) -> list[dict[str, Any]]:
+    """Compiles the systems that are wanted, the reference and torch first, and runs them in turns; a row for each."""
     begin = time.monotonic()
     stack = workloads()[name]
     arguments = jax.block_until_ready(values_of(stack))
-    field = entries(stack, arguments, wanted)
+    field = entries(stack, arguments, is_wanted)
+    if len(field) == 1:
+        return []  # nothing to race against the reference
     for entry in (bar := tqdm(field, unit="system", dynamic_ncols=True)):
         bar.set_description(f"{name}: {entry.system}, {entry.setting}")
         if entry is not field[0] and time.monotonic() > begin + seconds * 2 / 3:
-            entry.row["error"] = "not compiled: out of time"
+            entry.row["error"] = OUT_OF_TIME
         else:
             attempt(entry, lambda entry=entry: entry.start(entry))
     leave_out_the_large([e for e in field if e.step])
@@ -118,7 +141,7 @@ def run_race(name: str, wanted: list[str] | None, seconds: float, rounds: int) -
     return [finished(entry, field[0]) for entry in field]
 
 
-def entries(stack: Stack, arguments: Any, wanted: list[str] | None) -> list[Entry]:
+def entries(stack: Stack, arguments: Any, is_wanted: Callable[[Entry], bool]) -> list[Entry]:
     """The reference, torch, and all other systems that are wanted."""
     found = [
         Entry(system.name, system.setting, functools.partial(start_jax, system, stack, arguments))
@@ -131,7 +154,6 @@ def entries(stack: Stack, arguments: Any, wanted: list[str] | None) -> list[Entr
             start = functools.partial(start_torch, stack, arguments, per_chunk, is_compiled)
             found.append(Entry("torch checkpoint_blocks", setting, start))
     is_reference = lambda e: (e.system, e.setting) == REFERENCE  # noqa: E731
-    is_wanted = lambda e: any(part in f"{e.system} {e.setting}" for part in wanted or [""])  # noqa: E731
     found = [entry for entry in found if is_wanted(entry) or is_reference(entry)]
     return sorted(found, key=lambda e: (not is_reference(e), not e.system.startswith("torch")))
 
@@ -151,7 +173,7 @@ def attempt(entry: Entry, action: Callable[[], Any]) -> None:
     try:
         action()
     except importlib.metadata.PackageNotFoundError:
-        entry.row["error"], entry.step = "not installed", None
+        entry.row["error"], entry.step = NOT_INSTALLED, None
     except Exception as error:
         entry.row["error"], entry.step = f"{type(error).__name__}: {error}".splitlines()[0][:200], None
 

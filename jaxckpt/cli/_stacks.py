@@ -86,7 +86,9 @@ def _of_user(where: str, knobs: dict[str, Any]) -> Call:
     try:
         make = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"--stack {where!r} is not of the form package.module:function: {error}") from None
+        raise ValueError(f"--stack takes package.module:function, and {where!r} could not be imported: {error}") from error
+    if not callable(make):
+        raise TypeError(f"--stack takes package.module:function, and {where!r} is {make!r:.200}, which is no function")
     made = make(**knobs)
     kinds = (object, tuple, dict)
     if not isinstance(made, tuple) or len(made) not in (2, 3) or not all(map(isinstance, made, kinds)):

@@ -23,6 +23,7 @@ import optax
 from tqdm import tqdm
 
 import jaxckpt
+from jaxckpt._table import aligned
 from jaxckpt.models import TransformerLM
 
 CHUNK = 3
@@ -259,22 +260,13 @@ def report(about: dict[str, Any], results: Sequence[Result]) -> str:
             ),
             "{device}; jaxckpt {jaxckpt}, jax {jax}, flax {flax}, Python {python}".format(**about),
             "",
-            *aligned([title, *rows]),
+            *aligned([title, *rows], right=range(1, len(title))),
             "",
             "temp: what the compiled step allocates while it runs, activations above all, by XLA's own account.",
             "total: temp plus parameters, optimizer state and batch. s/step: the median without the first step.",
             "gradient difference: at the first step, from the first setting, relative to the largest entry.",
         ]
     )
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table: the first column to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]
 
 
 def _at_least(minimum: int, reason: str) -> Callable[[str], int]:

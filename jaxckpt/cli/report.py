@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from jaxckpt import explain, measure
 from jaxckpt._leaves import split_arrays
+from jaxckpt._table import aligned
 from jaxckpt.cli._stacks import Call, add_stack_options, chosen_stack, chunk_near_sqrt
 from jaxckpt.cli.plots import Point, check_plot, draw_memory_against_runs, pareto
 from jaxckpt.memory import targets
@@ -155,15 +156,12 @@ def tables(rows: list[Row]) -> list[str]:
     parts = []
     for target, group in _by_target(rows).items():
         front = pareto([point for row in group if (point := _point(row))])
-        lines = [["", "setting", "peak GiB", "temp GiB", "forward runs", "compile s", ""]]
+        lines = [["  setting", "peak GiB", "temp GiB", "forward runs", "compile s", ""]]
         for row in sorted(group, key=lambda row: (row.peak_bytes is None, row.peak_bytes)):
-            lines.append(["*" if _point(row) in front else "", row.setting, *_cells(row)])
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+            lines.append([f"{'*' if _point(row) in front else ' '} {row.setting}", *_cells(row)])
         memory = max(row.memory_bytes or 0 for row in group)
-        parts.append(f"{target}, {memory / GIB:.0f} GiB of memory" if memory else target)
-        for star, setting, *cells, note in lines:
-            numbers = "  ".join(cell.rjust(width) for cell, width in zip(cells, widths[2:], strict=False))
-            parts[-1] += f"\n{star:1} {setting:{widths[1]}}  {numbers}  {note}".rstrip()
+        title = f"{target}, {memory / GIB:.0f} GiB of memory" if memory else target
+        parts.append("\n".join([title, *aligned(lines, right=range(1, 5))]))
     return parts
 
 

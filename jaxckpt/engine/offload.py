@@ -104,13 +104,13 @@ def _refuse(ctx, x, *, watch):
     return [x]
 
 
-def _lowered(x, *, watch):
+def _impl(x, *, watch):
     with jax.disable_jit(False):
         return jax.jit(lambda x: guard_p.bind(x, watch=watch))(x)
 
 
 guard_p = Primitive("jaxckpt_offload_guard")
-guard_p.def_impl(_lowered)
+guard_p.def_impl(_impl)
 guard_p.def_abstract_eval(lambda x, *, watch: x)
 ad.deflinear2(guard_p, lambda ct, x, *, watch: [ct])
 batching.defvectorized(guard_p)

@@ -9,16 +9,18 @@ import html
 import math
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import flax.linen as nn
 import jax
 from flax import nnx
+from jax.core import Tracer
 from jax.extend.core import Literal
 
-from jaxckpt._leaves import split_arrays
+from jaxckpt._leaves import replaced, split_arrays
+from jaxckpt._table import aligned
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis.cost import Cost, cost
 from jaxckpt.engine.stack import Run, observed
@@ -105,9 +107,7 @@ class Explanation:
         return dataclasses.asdict(self)
 
     def __str__(self) -> str:
-        rows = [_COLUMNS, *map(_cells, self.values)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines = aligned([_COLUMNS, *map(_cells, self.values)])
         return "\n".join([self._title(), "", *lines, "", *self._totals()])
 
     def to_html(self) -> str:
@@ -182,6 +182,9 @@ def explain(
     **keywords: Any,
 ) -> Explanation:
     """What a stack keeps, re-runs and offloads, for gradients of its parameters, its carry and its shared arrays.
+
+    Of a Linen module all collections count as parameters, of an NNX module all state; arrays that a block closes over do
+    not.
 
     Arguments:
         stack: a stack that `checkpoint_scan` made (a function, a Linen or an NNX module), or a function that runs one.
@@ -280,8 +283,12 @@ def _the_run(stack: Any, args: tuple, keywords: dict[str, Any]) -> Run:
         return _the_run(
             lambda state, *args, **keywords: nnx.merge(graph, state)(*args, **keywords), (state, *args), keywords
         )
+    if isinstance(stack, nn.Module) and not (args and isinstance(args[0], Mapping)):
+        raise TypeError(
+            f"a Linen module is explained with its variables first, explain(stack, variables, x); got {args!r:.200}"
+        )
     fn = stack.apply if isinstance(stack, nn.Module) else stack
-    if not callable(fn):
+    if not callable(fn) or isinstance(fn, type):
         raise TypeError(f"explain takes a stack, or a function that runs one; got {stack!r}")
     arrays, with_arrays = split_arrays((args, keywords))
 
@@ -325,8 +332,13 @@ def _residuals(run: Run) -> list[_Residual]:
         last, ys = run.execute(given, leaves[0], leaves[1], leaves[2], as_function=jx.as_numbered_function)
         return [*last, *ys]
 
+    # Arrays that the block closes over are differentiated only where they are arguments of a function around the stack.
+    is_fixed = [not isinstance(value, Tracer) for value in run.closed.consts]
+    where = [i for i in range(len([*constants, *xs, *carry, *arrays])) if i >= len(is_fixed) or not is_fixed[i]]
+
     def residuals(*inputs: Any) -> list[Any]:
-        return jax.tree.leaves(jx.vjp_of_inexact(forward, inputs)[1])
+        of_wanted = lambda *values: forward(*replaced(inputs, where, values))  # noqa: E731
+        return jax.tree.leaves(jx.vjp_of_inexact(of_wanted, [inputs[i] for i in where])[1])
 
     jaxpr = jx.trace(residuals, *constants, *xs, *carry, *arrays).jaxpr
     alias = jx.aliases(run.closed.jaxpr)

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import AbstractMesh
 
 from jaxckpt._leaves import is_array
@@ -31,11 +32,12 @@ class Measurement:
         argument_bytes, output_bytes: what it is given and what it returns.
         aliased_bytes: outputs that lie in the memory of donated arguments.
         host_bytes: pinned host memory: arguments, outputs and temporaries, aliased ones once.
-        compile_seconds: of XLA; without tracing.
+        compile_seconds: of XLA; without tracing. Next to nothing for what this process, or JAX's cache, has compiled before.
         hlo_instructions: the size of the compiled program.
         memory_bytes: of one device of the target, where it is known.
         seconds: the median time of a call; None if it was not asked for.
-        runtime_peak_bytes: the most memory of the device that the process had in use up to the end of those calls; None
+        runtime_peak_bytes: the most memory of the device that the process had in use up to the end of those calls; with
+            donation that is more than the program's own peak by the arguments, since copies of them are given away. None
             where the device does not count (CPUs).
         jax_version: peaks move with the compiler.
     """
@@ -92,8 +94,9 @@ def measure(
     """Compiles `fn(*args)` for a target and reads the sizes of its buffers; nothing is allocated on the target.
 
     Arguments:
-        fn: a function, jitted or not: a training step, say. What it was jitted to donate counts once (a function around
-            a jitted one donates nothing).
+        fn: a function, jitted or not: a training step, say; or an NNX module, whose state is an argument then. What it was
+            jitted to donate counts once (a function around a jitted one donates nothing). Arrays that it closes over are
+            constants of the program, and no arguments: pass what belongs to the model.
         args: arrays or `jax.ShapeDtypeStruct`s, sharded or not; only their shapes are used unless `time` is true. Anything
             else is passed on as it is, and is static where `fn` was jitted so.
         target: see `jaxckpt.targets.get`; by default where the arguments are, which is as a rule JAX's default device.
@@ -113,6 +116,9 @@ def measure(
     >>> found.argument_bytes, found.output_bytes
     (262144, 262144)
     """
+    if isinstance(fn, nnx.Module):
+        graph, state = nnx.split(fn)
+        return measure(lambda state, *args: nnx.merge(graph, state)(*args), state, *args, target=target, time=time)
     where = _place_of(args) if target is None else targets.get(target)
     if time and not where.is_present:
         raise ValueError(f"time=True runs the program, and {where.name!r} is only described; take target='attached'")
@@ -129,6 +135,8 @@ def measure(
     start = clock.perf_counter()
     compiled = lowered.compile()
     compile_seconds = clock.perf_counter() - start
+    if target is None:
+        where = _place_of_compiled(compiled, where)
     sizes = compiled.memory_analysis()
     if sizes is None:
         raise ValueError(f"the compiler for {where.devices[0].device_kind} does not say what memory its programs need")
@@ -147,7 +155,7 @@ def measure(
         hlo_instructions=len(re.findall(r"^\s+(?:ROOT )?%?[\w.-]+ = ", compiled.as_text() or "", re.MULTILINE)),
         memory_bytes=where.memory_bytes,
     )
-    if not time or found.excess_bytes:
+    if not time or found.excess_bytes or not where.is_present:
         return found
     there = jax.tree.map(lambda x, to: jax.device_put(x, to.sharding) if to is not x else x, args, placed)
     is_info = lambda leaf: hasattr(leaf, "donated")  # noqa: E731
@@ -174,6 +182,13 @@ def _place_of(args: Any) -> Target:
             f"the arguments lie on different devices: {places}. Put them on the same with jax.device_put, or name a target"
         )
     return targets.get("attached")
+
+
+def _place_of_compiled(compiled: Any, where: Target) -> Target:
+    """The devices that a program was compiled for: `fn` itself may have named them, by a mesh."""
+    shardings = jax.tree.leaves((compiled.input_shardings, compiled.output_shardings))
+    devices = frozenset().union(*(sharding.device_set for sharding in shardings))
+    return where if not devices or devices == frozenset(where.devices) else targets.of_devices(devices)
 
 
 def _run(jitted: Any, args: Any, donated: bool, target: Target) -> tuple[float, int | None]:

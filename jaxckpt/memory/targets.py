@@ -246,7 +246,7 @@ def _present(text: str, devices: Sequence[Any], count: int) -> Target:
 def _known(name: str) -> Gpu:
     if name not in gpu_names():
         near = difflib.get_close_matches(name.lower(), names(), n=3, cutoff=0.5)
-        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
         raise ValueError(
             f"unknown target {name!r}{hint} There are {', '.join(names())}, each with a number of devices ('h200:8') if "
             "wanted, and files with a description ('my-gpu.toml')"
@@ -259,6 +259,11 @@ def _read(path: Path) -> Gpu:
         return _parse(path.read_text(), str(path))
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not a text file; a target's description is TOML") from None
+    except OSError as error:
+        raise type(error)(
+            f"target {str(path)!r} names a file that cannot be read: {error.strerror}. The GPUs known by name are "
+            f"{', '.join(gpu_names())}"
+        ) from None
 
 
 def _parse(text: str, where: str) -> Gpu:
@@ -269,7 +274,8 @@ def _parse(text: str, where: str) -> Gpu:
         raise ValueError(f"{where} is not TOML: {error}; {example}") from None
     wanted = {f.name: f.type for f in fields(Gpu)}
     if missing := sorted(wanted.keys() - found.keys()):
-        raise ValueError(f"{where} does not say {', '.join(missing)}; {example}")
+        unknown = f", and {', '.join(extra)} is not known" if (extra := sorted(found.keys() - wanted.keys())) else ""
+        raise ValueError(f"{where} does not say {', '.join(missing)}{unknown}; {example}")
     if unknown := sorted(found.keys() - wanted.keys()):
         raise ValueError(f"{where} says {', '.join(unknown)}, which no GPU has here; {example}")
     for key, kind in wanted.items():

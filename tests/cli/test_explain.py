@@ -42,8 +42,9 @@ def test_a_stack_of_the_users(module, capsys):
         (["--target", "h20"], "did you mean 'h200'"),
         (["--target", "cpu"], "its rates are not known"),
         (["--html", "no/folder/page.html"], "there is no folder no/folder"),
-        (["--stack", "no_such_module:make"], "is not of the form package.module:function"),
-        (["--stack", "json"], "is not of the form package.module:function"),
+        (["--stack", "no_such_module:make"], "takes package.module:function, and 'no_such_module:make' could not"),
+        (["--stack", "json"], "takes package.module:function, and 'json' could not be imported"),
+        (["--stack", "math:pi"], "takes package.module:function, and 'math:pi' is 3.14"),
     ],
 )
 def test_bad_input(options, said, capsys):

@@ -53,6 +53,13 @@ def with_inner_scan(w, x):
     return jax.lax.scan(lambda c, _: (jnp.tanh(c @ w), None), x, length=3)[0]
 
 
+FIXED = jnp.linspace(0.5, 1, 5)[:, None]
+
+
+def with_closed_over_array(w, x):
+    return x + jnp.sin(x @ w) * FIXED
+
+
 _sizes = dict(d_model=8, num_heads=2, d_ff=12)
 _pair = dict(c_s=8, num_heads_single=2, c_z=8, c_hidden_mul=4, num_heads_pair=2, head_dim_pair=4, transition_factor=1)
 PAIRS = jnp.ones((5, 5, 8))
@@ -78,6 +85,7 @@ STACKS = {
     "mlp": of_function(mlp, MLP, TOKENS, scale=jnp.ones((1, 8))),
     "custom_vjp": of_function(with_custom_vjp, jnp.ones((N, 8, 8)), TOKENS),
     "inner scan": of_function(with_inner_scan, jnp.ones((N, 8, 8)), TOKENS),
+    "closed over": of_function(with_closed_over_array, jnp.ones((N, 8, 8)), TOKENS),
     "linen": of_linen(TransformerBlock, _sizes, TOKENS),
     "nnx": of_nnx,
     "pairformer": of_linen(PairformerBlock, _pair, TOKENS, PAIRS),
@@ -87,7 +95,7 @@ STACKS = {
 def stored_bytes(stack, args, shared):
     """The bytes that the forward pass makes and keeps for the backward pass, counted in the program of `jax.vjp`.
 
-    Without what is given: inputs, and reshaped or sliced ones, which XLA does not copy.
+    Without what is given: inputs, constants, and reshaped or sliced ones, which XLA does not copy.
     """
     if isinstance(stack, nnx.Module):
         graph, params, rest = nnx.split(stack, nnx.Param, ...)
@@ -99,7 +107,7 @@ def stored_bytes(stack, args, shared):
         return jax.tree.leaves(jax.vjp(lambda args, shared: fn(*args, **shared), args, shared)[1])
 
     jaxpr = jax.make_jaxpr(residuals)(args, shared).jaxpr
-    given = set(jaxpr.invars)
+    given = {*jaxpr.invars, *jaxpr.constvars}
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "reshape" and eqn.invars[0] in given:
             given.update(eqn.outvars)
@@ -243,6 +251,14 @@ def test_prints_and_dumps():
 def test_what_is_no_stack(fn, said):
     with pytest.raises(TypeError, match=said):
         explain(fn, TOKENS)
+
+
+def test_linen_without_variables():
+    stack = checkpoint_scan(TransformerBlock, N)(**_sizes)
+    with pytest.raises(TypeError, match=r"its variables first, explain\(stack, variables, x\); got"):
+        explain(stack, TOKENS)
+    with pytest.raises(TypeError, match="explain takes a stack, or a function that runs one; got <class"):
+        explain(checkpoint_scan(TransformerBlock, N), {}, TOKENS)
 
 
 def test_several_stacks():

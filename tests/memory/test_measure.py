@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxckpt import checkpoint_scan, measure, targets
@@ -121,6 +122,18 @@ def test_without_a_target_it_is_measured_where_the_arguments_are(h200):
     assert found.temp_bytes == measure(step, W, X, target="h200").temp_bytes
     with pytest.raises(ValueError, match=r"the arguments lie on different devices: args\[0\] on .*H200.*; args\[1\] on"):
         measure(step, w, jax.device_put(X, jax.devices("cpu")[0]))
+
+
+def test_a_mesh_that_the_function_names(h200):
+    mesh = targets.get("h200:2").mesh((2,), ("data",))
+    on_mesh = jax.jit(step, in_shardings=(NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))))
+    found = measure(on_mesh, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (W, X)))
+    assert (found.target, found.device, found.memory_bytes) == ("h200:2", "NVIDIA H200", h200.memory_bytes)
+
+
+def test_the_state_of_a_module_is_an_argument():
+    found = measure(nnx.Linear(32, 32, rngs=nnx.Rngs(0)), jax.ShapeDtypeStruct((16, 32), "float32"), target="cpu")
+    assert found.argument_bytes == 4 * (32 * 32 + 32 + 16 * 32)
 
 
 def test_what_does_not_trace_says_what_it_was_given():

@@ -98,7 +98,11 @@ def test_wrong_files(tmp_path, change, said):
 
 
 def test_unreadable_files(tmp_path):
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(
+        IsADirectoryError, match=r"names a file that cannot be read: Is a directory\. The GPUs known by name are"
+    ):
+        targets.get(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="names a file that cannot be read: No such file"):
         targets.get(tmp_path / "absent.toml")
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00\x80")
     with pytest.raises(ValueError, match="is not a text file"):
