@@ -32,6 +32,18 @@ Carry = tuple[Any, ...]
 Forward = Callable[[Any, Carry, dict[str, Any]], Carry]
 
 
+class MLPBlock(nn.Module):
+    """Two dense layers with a GELU between them, added to their input."""
+
+    width: int
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x):
+        hidden = nn.gelu(nn.Dense(4 * self.width, dtype=self.dtype, param_dtype=self.dtype or jnp.float32)(x))
+        return x + nn.Dense(self.width, dtype=self.dtype, param_dtype=self.dtype or jnp.float32)(hidden)
+
+
 @dataclasses.dataclass(frozen=True)
 class Stack:
     """`length` blocks of one kind: what is compiled.
@@ -93,6 +105,7 @@ def workloads() -> dict[str, Stack]:
         "transformer-small": transformer(12, 4, 128, 128, 3, jnp.float32),
         **{f"pairformer-{tokens}": pairformer(48, tokens, 6) for tokens in (384, 512, 768)},
         "transformer-2048": transformer(24, 8, 2048, 1024, 4),
+        "mlp-4096": mlp(48, 4096, 1024, 6),
     }
 
 
@@ -119,6 +132,11 @@ def transformer(blocks: int, batch: int, tokens: int, width: int, chunk: int, dt
     )
 
 
+def mlp(blocks: int, rows: int, width: int, chunk: int, dtype: Any = jnp.bfloat16) -> Stack:
+    title = f"MLP, {blocks} blocks of {width} channels, {rows} rows, {jnp.dtype(dtype).name}"
+    return Stack(title, MLPBlock(width, dtype), blocks, chunk, (jax.ShapeDtypeStruct((rows, width), dtype),))
+
+
 @functools.cache
 def small(kind: str) -> Stack:
     """Two chunks of two tiny blocks of the same kind in float32, to compare values on."""
@@ -126,6 +144,8 @@ def small(kind: str) -> Stack:
     if kind == "PairformerBlock":
         block = PairformerBlock(16, 8, c_hidden_mul=8, num_heads_pair=2, head_dim_pair=4, num_heads_single=2)
         return Stack("small", block, 4, 2, (shape((6, 16)), shape((6, 6, 8))), {"pair_mask": shape((6, 6))})
+    if kind == "MLPBlock":
+        return Stack("small", MLPBlock(16), 4, 2, (shape((8, 16)),))
     return Stack("small", TransformerBlock(16, num_heads=2, d_ff=32), 4, 2, (shape((2, 6, 16)),))
 
 
