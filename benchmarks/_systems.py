@@ -104,6 +104,7 @@ def workloads() -> dict[str, Stack]:
         "pairformer-small": pairformer(8, 24, 4, jnp.float32),
         "transformer-small": transformer(12, 4, 128, 128, 3, jnp.float32),
         **{f"pairformer-{tokens}": pairformer(48, tokens, 6) for tokens in (384, 512, 768)},
+        "pairformer-768x192": pairformer(192, 768, 12),
         "transformer-2048": transformer(24, 8, 2048, 1024, 4),
         "mlp-4096": mlp(48, 4096, 1024, 6),
     }

@@ -34,7 +34,7 @@ from tqdm import tqdm
 from jaxckpt import measure
 
 PATIENCE = 480  # seconds for a system that is slow to compile
-FULL = ["pairformer-384", "pairformer-512", "pairformer-768", "transformer-2048"]
+FULL = ["pairformer-384", "pairformer-512", "pairformer-768", "transformer-2048", "mlp-4096"]
 GIB = 2**30
 
 
