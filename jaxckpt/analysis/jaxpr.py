@@ -346,14 +346,28 @@ def forwarded(jaxpr: Any) -> list[int | None]:
 
     Looks through nested jit and checkpoint, which hide a pass-through from `lax.scan`.
     """
-    source = {var: i for i, var in enumerate(jaxpr.invars)}
+    return [None if found is None or found[1] else found[0] for found in _from_inputs(jaxpr)]
+
+
+def converted(jaxpr: Any) -> list[int | None]:
+    """For each output the index of the input that it is in another dtype; None where it is anything else."""
+    return [found[0] if found is not None and found[1] == 1 else None for found in _from_inputs(jaxpr)]
+
+
+def _from_inputs(jaxpr: Any) -> list[tuple[int, int] | None]:
+    """For each output that is an input, but for its dtype: which one, and how often it was converted."""
+    source = {var: (i, 0) for i, var in enumerate(jaxpr.invars)}
     for eqn in jaxpr.eqns:
-        inner = _transparent(eqn)
-        if inner is None:
+        if eqn.primitive.name == "convert_element_type":
+            within: list[tuple[int, int] | None] = [(0, 1)]
+        elif (inner := _transparent(eqn)) is not None:
+            within = _from_inputs(inner)
+        else:
             continue
-        for var, i in zip(eqn.outvars, forwarded(inner), strict=True):
-            if i is not None and not isinstance(eqn.invars[i], core.Literal) and eqn.invars[i] in source:
-                source[var] = source[eqn.invars[i]]
+        for var, found in zip(eqn.outvars, within, strict=True):
+            if found is None or isinstance(given := eqn.invars[found[0]], core.Literal) or given not in source:
+                continue
+            source[var] = source[given][0], source[given][1] + found[1]
     return [None if isinstance(var, core.Literal) else source.get(var) for var in jaxpr.outvars]
 
 

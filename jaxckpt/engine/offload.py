@@ -10,14 +10,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 from jax.ad_checkpoint import Offloadable
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jaxckpt._setting import FIXED_IN
-from jaxckpt.engine.types import zeros
 from jaxckpt.policies.grammar import JaxPolicy, everything, nothing
 
 CARRY = "jaxckpt_carry"  # the tag of what enters a chunk, where that goes to the host
@@ -25,24 +22,6 @@ CARRY = "jaxckpt_carry"  # the tag of what enters a chunk, where that goes to th
 carry_to_host: JaxPolicy = jax.checkpoint_policies.save_and_offload_only_these_names(
     names_which_can_be_saved=[], names_which_can_be_offloaded=[CARRY], offload_src="device", offload_dst="pinned_host"
 )
-
-
-def apart(is_so: jax.Array, fn: Callable[..., Any], *args: Any) -> Any:
-    """`fn(*args)` in a computation of its own: a branch that is always taken, which XLA cannot know.
-
-    Transfers from and to the host are asynchronous, and XLA orders the whole computation in which they stand by latency, not
-    by memory: 18.2 instead of 12.6 GiB for the Pairformer of 768 tokens, compiled for H200 with JAX 0.10.2.
-
-    Arguments:
-        is_so: from `always`, called outside of the loop.
-    """
-    traced, out = jax.make_jaxpr(fn, return_shape=True)(*args)
-    return lax.cond(is_so, fn, lambda *_: jax.tree.unflatten(jax.tree.structure(out), map(zeros, traced.out_avals)), *args)
-
-
-def always() -> jax.Array:
-    """True, and XLA does not know."""
-    return lax.optimization_barrier(jnp.array(True))
 
 
 def to_host(arrays: list[Any]) -> list[Any]:

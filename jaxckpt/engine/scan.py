@@ -17,7 +17,8 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxckpt._setting import Setting
-from jaxckpt.engine.offload import CARRY, always, apart, carry_to_host
+from jaxckpt.engine.apart import always, apart
+from jaxckpt.engine.offload import CARRY, carry_to_host
 from jaxckpt.policies.grammar import JaxPolicy, everything, nothing
 
 Step = Callable[[Any, Any], tuple[Any, Any]]

@@ -127,7 +127,7 @@ class Run:
             as_function: makes a function of a jaxpr whose first equation is of that number in the block.
         """
         passed = [leaf for i, leaf in enumerate(carry) if i not in self.moving]
-        inputs = Inputs(constants, xs, mark([carry[i] for i in self.moving]), [*passed, *arrays])
+        inputs = Inputs(constants, mark([carry[i] for i in self.moving]), xs, [*passed, *arrays])
         step = self._step(len(carry), as_function)
         if self.setting.engine == "reversal":
             last, ys = reverse_blocks(step, inputs, self.length, self.setting, self.keep)

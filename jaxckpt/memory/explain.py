@@ -217,6 +217,9 @@ def explain(
     # In a chunk of one, the whole block is differentiated at once, whatever the policy.
     in_chunk = replace(run, setting=whole, length=alive, **({"keep": everything} if per_chunk == 1 else {}))
     kept = _residuals(in_chunk)
+    if run.setting.engine == "reversal":  # but for parameters in another dtype, which it converts again
+        made_again = _converted_parameters(run)
+        kept = [r for r in kept if r.origin.number not in made_again]
     wanted = _residuals(replace(in_chunk, keep=everything, pieces=()))
     stored = kept if run.setting == whole else _residuals(run)
     without = wanted if alive == run.length else _residuals(replace(run, setting=whole, keep=everything, pieces=()))
@@ -236,6 +239,13 @@ def explain(
         target=None if where is None else where.name,
         **_seconds(in_chunk, kept, wanted, costs),
     )
+
+
+def _converted_parameters(run: Run) -> set[int]:
+    """The equations of the block that do nothing but convert what differs from block to block and enters it."""
+    jaxpr = run.closed.jaxpr
+    from_input = jx.converted(jaxpr.replace(outvars=[var for eqn in jaxpr.eqns for var in eqn.outvars[:1]]))
+    return {i for i, k in enumerate(from_input) if k is not None and k < len(run.leaves[0])}
 
 
 def _seconds(run: Run, kept: list[_Residual], wanted: list[_Residual], costs: list[Cost] | None) -> dict[str, float]:

@@ -233,6 +233,23 @@ def test_snapshots_and_slots_are_what_is_stored(knobs, shapes):
     assert found == sorted(shapes)
 
 
+def test_parameters_in_another_dtype_are_not_stored():
+    def mixed(w, x):
+        return x + (x @ w["up"].astype(x.dtype)) @ w["down"].astype(x.dtype)
+
+    args = {"up": jnp.ones((5, 4, 6)), "down": jnp.ones((5, 6, 4))}, jnp.ones((3, 4), jnp.bfloat16)
+    stored = jax.tree.leaves(
+        jax.eval_shape(lambda *args: jax.vjp(reversed_scan(mixed, policy="everything"), *args)[1], *args)
+    )
+    shapes = sorted(leaf.shape for leaf in stored if leaf.dtype == jnp.bfloat16)
+    assert shapes == [(5, 3, 4), (5, 3, 6)]
+    got, want = (
+        jax.jit(jax.grad(lambda w, x, fn=fn: fn(w, x).astype("float32").sum(), (0, 1)))(*random_like(args))
+        for fn in (reversed_scan(mixed, policy="everything"), partial(plain_loop, mixed))
+    )
+    assert relative_error(got, want) < 1e-2
+
+
 def runs(length, **knobs):
     """How often a block runs in one gradient, counted through a value of the carry."""
     found = []
