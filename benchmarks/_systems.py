@@ -106,7 +106,8 @@ def workloads() -> dict[str, Stack]:
         **{f"pairformer-{tokens}": pairformer(48, tokens, 6) for tokens in (384, 512, 768)},
         "pairformer-768x192": pairformer(192, 768, 12),
         "transformer-2048": transformer(24, 8, 2048, 1024, 4),
-        "mlp-4096": mlp(48, 4096, 1024, 6),
+        "mlp-4096": mlp(48, 4096, 1024, 6),  # carries are what fills memory
+        "mlp-128": mlp(48, 128, 1024, 6),  # parameters are
     }
 
 

@@ -1,9 +1,9 @@
 """How do memory and compile time grow with the number of blocks?
 
 Compiles the loss of a stack and its gradients by the stacked parameters, for a GPU that need not be in the machine, at
-depths from 12 to 768 blocks: `checkpoint_scan` per block, in chunks of about the square root, with everything kept; and a
-Python loop of `jax.checkpoint`, as far as `--minutes` go; the next call goes on where this one stopped, as long as JAX's
-version is the same. No number is of a run on a GPU.
+depths from 12 to 768 blocks: `checkpoint_scan` per block, in chunks of about the square root, with everything kept, in
+stages, with few snapshots, with carries on the host; and a Python loop of `jax.checkpoint`, as far as `--minutes` go; the
+next call goes on where this one stopped, as long as JAX's version is the same. No number is of a run on a GPU.
 
     JAX_PLATFORMS=cpu PYTHONPATH=. python benchmarks/depth_scaling.py
 """
@@ -98,6 +98,14 @@ def systems(depth: int) -> list[System]:
         System("jaxckpt", "blocks_per_ckpt=None, everything", our_stack(None, policy="everything"), "jaxckpt"),
         System("jaxckpt", "blocks_per_ckpt=None, nothing", our_stack(None, policy="nothing"), "jaxckpt"),
         System("jaxckpt", "blocks_per_ckpt near the root, nothing", our_stack(chunk, policy="nothing"), "jaxckpt"),
+        System("jaxckpt", 'stages="auto"', our_stack(stages="auto"), "jaxckpt"),
+        System("jaxckpt", 'snapshots=9, stages="auto"', our_stack(snapshots=9, stages="auto"), "jaxckpt"),
+        System(
+            "jaxckpt",
+            'offload_carry, stages="auto", engine="reversal"',
+            our_stack(offload_carry=True, stages="auto", engine="reversal"),
+            "jaxckpt",
+        ),
         System("Python loop", "jax.checkpoint of each block", checkpointed_loop, is_slow=True),
     ]
 
@@ -126,7 +134,7 @@ def table(run: dict[str, Any]) -> str:
     parts = []
     for name in dict.fromkeys(row["stack"] for row in run["rows"]):
         rows = {(r["system"], r["setting"], r["blocks"]): r for r in run["rows"] if r["stack"] == name}
-        title = STACKS[name].title.replace("12 blocks", "blocks")
+        title = STACKS[name].title.replace(", 12 blocks", "")
         lines = [f"### {title}; compiled for {run['compiled_for']} with JAX {run['versions']['jax']}", ""]
         lines.append(f"| system | setting | {' | '.join(f'{depth} blocks' for depth in depths)} |")
         lines.append("|---|---|" + "--:|" * len(depths))

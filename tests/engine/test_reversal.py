@@ -452,6 +452,15 @@ def test_gradients_of_gradients_that_are_stopped(knobs):
     assert relative_error(got, want) < 1e-5
 
 
+@pytest.mark.parametrize("knobs", [{"engine": "scan"}, {"engine": "reversal"}, {"snapshots": 2}], ids=str)
+def test_nans_are_found(knobs):
+    """`jax_debug_nans` needs no engine of its own."""
+    stack = checkpoint_scan(lambda w, x: x + jnp.sqrt(0 * w), **knobs)  # the root's derivative at 0 is infinite, times 0
+    gradient = jax.jit(jax.grad(lambda w: stack(w, jnp.ones(3)).sum()))
+    with jax.debug_nans(True), pytest.raises(FloatingPointError, match="nan"):
+        gradient(jnp.ones((3, 3)))
+
+
 @pytest.mark.parametrize("knobs", [{}, {"blocks_per_ckpt": 3}, {"snapshots": 2}, {"stages": "tags:h"}], ids=str)
 def test_vmap(knobs):
     w, x, mask = inputs()
