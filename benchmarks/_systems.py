@@ -171,6 +171,7 @@ def systems(stack: Stack) -> list[System]:
     ours |= {f'{setting}, engine="reversal"': {**knobs, "engine": "reversal"} for setting, knobs in ours.items()}
     ours |= {
         'stages="auto", nothing': {"stages": "auto"},
+        'stages="auto", nothing, engine="reversal"': {"stages": "auto", "engine": "reversal"},
         f'blocks_per_ckpt={k}, stages="auto", nothing': {**in_chunks, "stages": "auto"},
         f'blocks_per_ckpt={k}, stages="auto", nothing, engine="reversal"': {
             **in_chunks,

@@ -72,7 +72,8 @@ def make_setting(
     if offload_carry and blocks_per_ckpt is None and snapshots is None and not policy.keeps_nothing:
         raise ValueError(
             f"offload_carry=True moves what enters each chunk to the host, and policy={str(policy)!r} keeps values of all "
-            "blocks beside that: write policy='nothing', or blocks_per_ckpt=K, or policy='offload:NAMES' for tagged values"
+            "blocks beside that: write policy='nothing', or blocks_per_ckpt=K, or snapshots=s, or policy='offload:NAMES' "
+            "for tagged values"
         )
     if not isinstance(unroll, bool) and (not is_integer(unroll) or unroll < 1):
         raise ValueError(
@@ -96,7 +97,7 @@ def make_setting(
 
 
 def _stages(given: object) -> Stages:
-    if given is None or given == "auto":
+    if given is None or (isinstance(given, str) and given == "auto"):
         return given  # pyright: ignore[reportReturnType]
     if is_integer(given) and given >= 1:  # pyright: ignore[reportOperatorIssue]
         return None if given == 1 else operator.index(given)  # pyright: ignore[reportArgumentType]
@@ -119,7 +120,10 @@ def _engine(given: object, unroll: int | bool, snapshots: object, offload_carry:
     if engine == "scan" and snapshots is not None:
         raise ValueError(f"snapshots={snapshots!r} is of the reversal engine: leave engine='scan' away, or snapshots")
     if engine == "reversal" and (unroll is True or unroll > 1):
-        raise ValueError(f"unroll={unroll!r} is of the scan engine; the reversal engine has one block in each loop body")
+        why = "" if given else f", which offload_carry=True takes on JAX {jax.__version__}," if offload_carry else ""
+        raise ValueError(
+            f"unroll={unroll!r} is of the scan engine; the reversal engine{why} has one block in each loop body"
+        )
     return engine
 
 

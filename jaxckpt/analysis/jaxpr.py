@@ -372,10 +372,10 @@ def _from_inputs(jaxpr: Any) -> list[tuple[int, int] | None]:
 
 
 def dependent(jaxpr: Any, inputs: Sequence[int]) -> set[Any]:
-    """The variables that depend on any of these inputs."""
+    """The variables that depend on any of these inputs, or on a side effect."""
     found = {jaxpr.invars[i] for i in inputs}
     for eqn in jaxpr.eqns:
-        if any(not isinstance(var, core.Literal) and var in found for var in eqn.invars):
+        if eqn.effects or any(not isinstance(var, core.Literal) and var in found for var in eqn.invars):
             found.update(eqn.outvars)
     return found
 

@@ -172,8 +172,13 @@ def settle_carry(carry: tuple, leaves: list[Any], out_types: Sequence[Any], name
 
 
 def effects(closed: Any, setting: Setting, names: Names) -> None:
-    """Refuses side effects where the block is run more than once."""
-    runs_once = setting.blocks_per_ckpt is None and setting.policy.keeps_everything
+    """Refuses side effects where the block is run more than once, and ordered ones where it stands in a branch."""
+    if setting.offload_carry and (ordered := [text for text in jx.effects(closed) if text.startswith("Ordered")]):
+        raise ValueError(
+            f"{names.block} has a side effect in order, {', '.join(ordered)}, and offload_carry=True runs it in a branch of "
+            "its own, which can have none. Write ordered=False, or leave offload_carry away."
+        )
+    runs_once = setting.blocks_per_ckpt is None and setting.snapshots is None and setting.policy.keeps_everything
     found = [] if runs_once else jx.impure_effects(closed)
     if found:
         raise ValueError(

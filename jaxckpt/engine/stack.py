@@ -225,7 +225,8 @@ def _cut(setting: Setting, traced: "_Traced", slices: int, names: check.Names) -
         most = None if setting.stages == "auto" else setting.stages
         cuts = find_cuts(flat, range(slices, slices + len(traced.carry)), wanted, most)
     if not cuts:
-        warnings.warn(f"{names.block}: stages={setting.stages!r} found nothing to cut; the block stays whole", stacklevel=2)
+        asked = "tags:" + ",".join(setting.stages) if isinstance(setting.stages, tuple) else setting.stages
+        warnings.warn(f"{names.block}: stages={asked!r} found nothing to cut; the block stays whole", stacklevel=2)
         return traced.closed, []
     return flat, pieces_between(flat, cuts, wanted)
 

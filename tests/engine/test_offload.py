@@ -75,14 +75,6 @@ def test_gradients_on_a_cpu_are_right(policy, k, args, x64):
     assert relative_error(got, want) < 1e-12
 
 
-def test_without_jit(args):
-    got_and_want = []
-    for policy in ("offload:q", "save:q"):
-        with jax.disable_jit():
-            got_and_want.append(pull_back(checkpoint_scan(block, policy=policy), *args))
-    assert relative_error(*got_and_want) < 1e-6
-
-
 # The guard itself, for JAX versions that are not installed.
 
 

@@ -7,9 +7,11 @@ from functools import partial
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import io_callback
 from jax.extend.core import Literal
 
 from jaxckpt import checkpoint_scan
@@ -450,6 +452,36 @@ def test_gradients_of_gradients_that_are_stopped(knobs):
         for stack in (reversed_scan(block, **knobs), checkpoint_scan(block))
     )
     assert relative_error(got, want) < 1e-5
+
+
+def test_a_side_effect_happens_once_where_each_block_runs_once():
+    seen = []
+
+    def noting(w, x):
+        return x + w * io_callback(lambda: (seen.append(1), np.float32(1))[1], jax.ShapeDtypeStruct((), jnp.float32))
+
+    stack = reversed_scan(noting, policy="everything")
+    jax.block_until_ready(jax.jit(jax.grad(lambda w: stack(w, jnp.float32(1))))(jnp.ones(3)))
+    assert len(seen) <= 3
+
+
+@pytest.mark.filterwarnings("ignore:snapshots=2 of single blocks")
+def test_a_side_effect_between_snapshots_is_refused():
+    def noting(w, x):
+        return x + w * io_callback(lambda: np.float32(1), jax.ShapeDtypeStruct((), jnp.float32))
+
+    stack = checkpoint_scan(noting, snapshots=2, policy="everything")
+    with pytest.raises(ValueError, match=r"has a side effect, io_callback\("):
+        stack(jnp.ones(3), jnp.float32(1))
+
+
+def test_an_ordered_side_effect_beside_offload_is_refused():
+    def talking(w, x):
+        jax.debug.print("{}", x, ordered=True)
+        return w * x
+
+    with pytest.raises(ValueError, match=r"talking has a side effect in order, .*Write ordered=False"):
+        checkpoint_scan(talking, offload_carry=True)(jnp.ones(3), jnp.float32(1))
 
 
 @pytest.mark.parametrize("knobs", [{"engine": "scan"}, {"engine": "reversal"}, {"snapshots": 2}], ids=str)
