@@ -240,7 +240,7 @@ class _Block:
                 self._sources.append(("converted", i))
             else:
                 self._sources.append(("slot" if values[i] in varying else "same", first.setdefault(values[i], i)))
-        self._converted = {i: converted[i] for part, i in self._sources if part == "converted"}
+        self._converted: dict[int, Any] = {i: converted[i] for part, i in self._sources if part == "converted"}
         self.slot = list(dict.fromkeys(i for part, i in self._sources if part == "slot"))
         self._same = list(dict.fromkeys(i for part, i in self._sources if part == "same"))
         self._make_same = jx.as_function(jx.selected(closed, self._same))
