@@ -53,13 +53,23 @@ def checkpoint_scan(
             not all that its backward pass wants is alive at once; each piece is run once more for it. "auto" finds the
             cuts, an integer is the number of pieces at most, "tags:z1,z2" cuts behind what `checkpoint_name` tagged so.
             Under the policy "everything" what crosses the cuts is kept.
+        snapshots: how many inputs of chunks (of single blocks, where `blocks_per_ckpt` is not given) are stored at once, from
+            1 to the number of chunks; the others are made again from the nearest one, in the fewest runs possible (Griewank
+            and Walther, Algorithm 799: Revolve, 2000). None: all of them. Implies `engine="reversal"`.
+        offload_carry: inputs of chunks, or snapshots, are stored in pinned host memory.
+        engine: who runs the backward pass. "scan": `jax.checkpoint` and `lax.scan`; all transformations of JAX work.
+            "reversal": one loop over chunks, in less memory for the same knobs; no forward mode, no second derivatives.
+            Default: "scan", but where `snapshots` is given, or `offload_carry` on a JAX before 0.11.1.
 
     Returns:
         The stack, or its constructor where `block` is a class.
 
     Raises:
         ValueError: a knob out of range, an unknown policy; at the first call also a `save:` name that tags nothing,
-            parameters whose leading axis is not `length`, a side effect in the block, a missing rng.
+            parameters whose leading axis is not `length`, a side effect in the block, a missing rng, a tag of `stages` that
+            is not there.
+        NotImplementedError: on a JAX before 0.11.1, when a stack that offloads through `lax.scan` is lowered for a GPU;
+            `offload_carry` with the reversal engine under `jax.vmap`.
         TypeError: a block of the wrong kind; at the first call a block that does not return the carry it was given, or
             a keyword argument that it does not take.
 
