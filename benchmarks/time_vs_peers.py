@@ -16,6 +16,7 @@ reference, as long as device and JAX's version are the same.
 
 import argparse
 import dataclasses
+import datetime
 import functools
 import importlib.metadata
 import os
@@ -76,7 +77,9 @@ def main() -> None:
         is_asked = any(part in f"{entry.system} {entry.setting}" for part in options.systems or [""])
         return is_asked and (options.again or is_missing(rows.get((entry.system, entry.setting))))
 
+    called = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     for row in run_race(options.workload, is_wanted, 60 * options.minutes, options.rounds):
+        row["called"] = called
         if row.get("error") != OUT_OF_TIME or name_of(row) not in rows:
             rows[name_of(row)] = row
     race["rows"] = [*rows.values()]
@@ -260,7 +263,21 @@ def table(race: dict[str, Any]) -> str:
     lines = [f"### {race['title']}; run on {race['device']} ({race['machine']}{driver})", "", versions, ""]
     lines += ["| system | setting | seconds | ratio | temp GiB | runtime peak GiB |", "|---|---|--:|--:|--:|--:|"]
     rows = sorted(race["rows"], key=lambda row: row.get("ratio", float("inf")))
-    return "\n".join(lines + ["| " + " | ".join([row["system"], row["setting"], *cells(row)]) + " |" for row in rows])
+    lines += ["| " + " | ".join([row["system"], row["setting"], *cells(row)]) + " |" for row in rows]
+    return "\n".join([*lines, "", said]) if (said := engines(race["rows"])) else "\n".join(lines)
+
+
+def engines(rows: list[dict[str, Any]]) -> str:
+    """The seconds of the reversal engine to those of the scan engine in the same round, for settings that raced in one call."""
+    ours = {row["setting"]: row for row in rows if row["system"] == "jaxckpt" and "ratios" in row}
+    found = []
+    for setting, row in ours.items():
+        other = ours.get(setting.removesuffix(', engine="reversal"'))
+        if other is None or other is row or other.get("called") != row.get("called"):
+            continue
+        paired = statistics.median(a / b for a, b in zip(row["ratios"], other["ratios"], strict=True))
+        found.append(f"`{other['setting']}` {paired:.2f}")
+    return f"Reversal engine to scan engine, median over rounds: {', '.join(sorted(found))}." if found else ""
 
 
 def cells(row: dict[str, Any]) -> list[str]:
