@@ -268,7 +268,7 @@ def table(race: dict[str, Any]) -> str:
 
 
 def engines(rows: list[dict[str, Any]]) -> str:
-    """The seconds of the reversal engine to those of the scan engine in the same round, for settings that raced in one call."""
+    """The reversal engine's seconds to the scan engine's in the same round, for settings that raced in one call."""
     ours = {row["setting"]: row for row in rows if row["system"] == "jaxckpt" and "ratios" in row}
     found = []
     for setting, row in ours.items():

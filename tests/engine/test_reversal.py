@@ -313,6 +313,13 @@ def test_runs_are_the_fewest_in_full(length, k, snapshots):
     assert runs(length, blocks_per_ckpt=k, snapshots=snapshots, policy="nothing") == fewest_runs(length, k, snapshots)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("snapshots", [1, 4])
+@pytest.mark.parametrize("length", range(1, 65))
+def test_runs_are_the_fewest_for_all_lengths(length, snapshots):
+    assert runs(length, snapshots=min(snapshots, length)) == fewest_runs(length, 1, min(snapshots, length))
+
+
 def attending(w, x):
     scores = jnp.exp(x @ x.T)  # [R, R], a residual if it is differentiated
     return x + jnp.tanh(x @ w), scores
