@@ -53,9 +53,9 @@ def checkpoint_scan(
             not all that its backward pass wants is alive at once; each piece is run once more for it. "auto" finds the
             cuts, an integer is the number of pieces at most, "tags:z1,z2" cuts behind what `checkpoint_name` tagged so.
             Under the policy "everything" what crosses the cuts is kept.
-        snapshots: how many inputs of chunks (of single blocks, where `blocks_per_ckpt` is not given) are stored at once, from
-            1 to the number of chunks; the others are made again from the nearest one, in the fewest runs possible (Griewank
-            and Walther, Algorithm 799: Revolve, 2000). None: all of them. Implies `engine="reversal"`.
+        snapshots: how many inputs of chunks (of single blocks, where `blocks_per_ckpt` is not given) are stored at once,
+            from 1 to the number of chunks; the others are made again from the nearest one, in the fewest runs possible
+            (Griewank and Walther, Algorithm 799: Revolve, 2000). None: all of them. Implies `engine="reversal"`.
         offload_carry: inputs of chunks, or snapshots, are stored in pinned host memory.
         engine: who runs the backward pass. "scan": `jax.checkpoint` and `lax.scan`; all transformations of JAX work.
             "reversal": one loop over chunks, in less memory for the same knobs; no forward mode, no second derivatives.
