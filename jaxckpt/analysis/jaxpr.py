@@ -132,7 +132,12 @@ def source_of(eqn: Any) -> tuple[str, int] | None:
     """The file and line of user code that an equation comes of: the innermost that is not of JAX, Flax or this library."""
     traceback = eqn.source_info.traceback
     frames = traceback.frames if traceback is not None else []
-    return next(((frame.file_name, frame.line_num) for frame in frames if not _IN_LIBRARIES.search(frame.file_name)), None)
+    return next(((frame.file_name, frame.line_num) for frame in frames if not is_in_library(frame.file_name)), None)
+
+
+def is_in_library(path: str) -> bool:
+    """Whether a file is of JAX, Flax, Python or this library, its models left out."""
+    return bool(_IN_LIBRARIES.search(path))
 
 
 _IN_LIBRARIES = re.compile(
@@ -369,6 +374,28 @@ def _from_inputs(jaxpr: Any) -> list[tuple[int, int] | None]:
                 continue
             source[var] = source[given][0], source[given][1] + found[1]
     return [None if isinstance(var, core.Literal) else source.get(var) for var in jaxpr.outvars]
+
+
+def constant_in_derivatives(jaxpr: Any) -> list[bool]:
+    """Which outputs have no tangent whatever the inputs have, because all that they depend on is behind a `stop_gradient`."""
+    moving = {var for var in jaxpr.invars if _is_differentiable(var)}
+    for eqn in jaxpr.eqns:
+        given = [not isinstance(var, core.Literal) and var in moving for var in eqn.invars]
+        if eqn.primitive.name == "stop_gradient" or not any(given):
+            continue
+        inner = _transparent(eqn)
+        fixed = [False] * len(eqn.outvars) if inner is None else constant_in_derivatives(inner)
+        moving.update(var for var, yes in zip(eqn.outvars, fixed, strict=True) if not yes and _is_differentiable(var))
+    return [isinstance(var, core.Literal) or var not in moving for var in jaxpr.outvars]
+
+
+def _is_differentiable(var: Any) -> bool:
+    return hasattr(var.aval, "dtype") and jnp.issubdtype(var.aval.dtype, jnp.inexact)
+
+
+def collective_axes(closed: Any) -> frozenset[Any]:
+    """The named axes along which something is summed, gathered or the like."""
+    return frozenset(effect.name for effect in closed.effects if type(effect).__name__ == _NAMED_AXIS)
 
 
 def dependent(jaxpr: Any, inputs: Sequence[int]) -> set[Any]:

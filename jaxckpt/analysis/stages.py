@@ -182,7 +182,8 @@ def in_pieces(
         made = {var: None for eqn in eqns for var in eqn.outvars}
         used = {var: None for eqn in eqns for var in eqn.invars if not isinstance(var, core.Literal) and var not in made}
         out = [var for var in made if ends.get(var, -1) >= end]
-        awaited = [v for i in last for v in jaxpr.eqns[i].outvars if v in made and jnp.issubdtype(v.aval.dtype, jnp.inexact)]
+        ready = [v for i in last for v in jaxpr.eqns[i].outvars if v in made]
+        awaited = [v for v in ready if jnp.issubdtype(v.aval.dtype, jnp.inexact) and v.aval.size]
         part = core.Jaxpr([], list(used), [*out, *awaited], eqns, debug_info=jaxpr.debug_info)
         run_part = as_function(core.ClosedJaxpr(part, []), begin)
         parts.append((wrap(functools.partial(_awaited, run_part, len(out))), list(used), out))

@@ -1,6 +1,7 @@
 """What a block must be to be stacked, checked on one trace of it; each error says what to write instead."""
 
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -186,6 +187,14 @@ def effects(closed: Any, setting: Setting, names: Names) -> None:
             "backward pass, so it would happen twice. Return the value instead (has_aux=True stacks it per block), or "
             "use jax.debug.callback, which may run again."
         )
+
+
+def warn(message: str) -> None:
+    """A warning at the user's line, which stands behind frames of this library, JAX and Flax."""
+    frame, depth = inspect.currentframe(), 1
+    while frame is not None and jx.is_in_library(frame.f_code.co_filename):
+        frame, depth = frame.f_back, depth + 1
+    warnings.warn(message, stacklevel=depth)
 
 
 def _other_structure(value: Any, given: Any, carry: tuple, names: Names) -> str:

@@ -199,6 +199,7 @@ class _Block:
         wanted: the inputs that have gradients.
         slot: what goes into a slot.
         in_carry, in_ys: where that is a leaf of the carry, or a `y`, which of them.
+        axes: the named axes along which blocks compute together.
     """
 
     def __init__(self, step: Step, keep: JaxPolicy, straight: bool, inputs: Inputs, perturbed: Inputs):
@@ -222,6 +223,7 @@ class _Block:
         closed = jx.trace(kept, *types.flat())
         self._kept, self._types, self._pull_tree = jx.as_function(closed), closed.out_avals, pull_tree
         self._ys = slice(len(inputs.carry), len(closed.out_avals) - pull_tree.num_leaves)
+        self.axes = jx.collective_axes(closed)
         self._find_sources(closed, types)
 
     def _find_sources(self, closed: Any, types: Inputs) -> None:
@@ -351,6 +353,7 @@ def _forward(block: _Block, plan: _Plan, inputs: Inputs) -> tuple[tuple[Arrays, 
 
 def _backward(saved: _Saved, cotangents: tuple[Arrays, Arrays]) -> tuple[Inputs, None]:
     block, plan = saved.static.block, saved.static.plan
+    _check_axes(block.axes)
     inputs, wanted = saved.inputs, block.wanted
     to_snap, from_snap, chunks, advances = list, list, plan.chunks, plan.advances
     if plan.on_host:
@@ -433,6 +436,19 @@ def _backward(saved: _Saved, cotangents: tuple[Arrays, Arrays]) -> tuple[Inputs,
     (sums, _, _), _ = lax.scan(reverse_chunk, state, chunks)
     rest = map(differentiated_once, sums.flat())
     return wanted.like([next(rest) if yes else None for yes in wanted.flat()]), None
+
+
+def _check_axes(axes: Iterable[Any]) -> None:
+    """Refuses axes of a `vmap` that is differentiated: JAX does not bind them where a `custom_vjp` goes backwards."""
+    for axis in axes:
+        try:
+            lax.axis_size(axis)
+        except NameError:
+            raise NotImplementedError(
+                f"the reversal engine cannot go backwards through a block that computes along the axis {axis!r} of a jax.vmap "
+                "around the stack: write engine='scan', or differentiate inside of the vmap, jax.vmap(jax.grad(f), "
+                f"axis_name={axis!r})"
+            ) from None
 
 
 def _selected(inputs: Inputs, wanted: Inputs) -> list[Arrays]:

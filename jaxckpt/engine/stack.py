@@ -7,7 +7,6 @@ call is jitted and already compiled.
 """
 
 import functools
-import warnings
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxckpt._leaves import is_array, replaced, stacked_length
 from jaxckpt._setting import Setting, check_blocks_per_ckpt, check_snapshots
@@ -131,6 +131,10 @@ class Run:
         step = self._step(len(carry), as_function)
         if self.setting.engine == "reversal":
             last, ys = reverse_blocks(step, inputs, self.length, self.setting, self.keep)
+            # All that a `custom_vjp` returns has tangents, and what follows the stack may have no derivative.
+            fixed = jx.constant_in_derivatives(self.closed.jaxpr)
+            last = [lax.stop_gradient(leaf) if fixed[i] else leaf for i, leaf in zip(self.moving, last, strict=True)]
+            ys = [lax.stop_gradient(leaf) if fixed[i] else leaf for i, leaf in zip(self.computed, ys, strict=True)]
         else:
             scanned = lambda moved, x: step(inputs._replace(xs=x, carry=moved))  # noqa: E731
             last, ys = scan_blocks(scanned, inputs.carry, xs, self.length, self.setting, self.keep, self.carry_to_host)
@@ -226,7 +230,7 @@ def _cut(setting: Setting, traced: "_Traced", slices: int, names: check.Names) -
         cuts = find_cuts(flat, range(slices, slices + len(traced.carry)), wanted, most)
     if not cuts:
         asked = "tags:" + ",".join(setting.stages) if isinstance(setting.stages, tuple) else setting.stages
-        warnings.warn(f"{names.block}: stages={asked!r} found nothing to cut; the block stays whole", stacklevel=2)
+        check.warn(f"{names.block}: stages={asked!r} found nothing to cut; the block stays whole")
         return traced.closed, []
     return flat, pieces_between(flat, cuts, wanted)
 

@@ -500,6 +500,39 @@ def test_nans_are_found(knobs):
         gradient(jnp.ones((3, 3)))
 
 
+@pytest.mark.parametrize("knobs", [{}, {"policy": "everything"}, {"blocks_per_ckpt": 2}], ids=str)
+def test_what_is_behind_a_stop_gradient_may_go_through_what_has_no_derivative(knobs):
+    def noting(w, x, h):
+        fixed = jax.lax.stop_gradient(jnp.abs(jnp.sin(h) + x))
+        return (x + jnp.tanh(x @ w) * h, fixed), {"fixed": fixed.sum(), "moving": jnp.sin(x).sum()}
+
+    def loss(engine, knobs, w, x):
+        (y, h), aux = checkpoint_scan(noting, has_aux=True, engine=engine, **knobs)(w, x, jax.lax.stop_gradient(x))
+        h = jax.lax.while_loop(lambda h: jnp.max(h) > 0.1, lambda h: h / 2, h + aux["fixed"].sum())
+        return (y * h).sum() + aux["moving"].sum()
+
+    args = random_like((jnp.zeros((5, 4, 4)), jnp.zeros((4, 4))))
+    got, want = (jax.jit(jax.grad(partial(loss, *s), (0, 1)))(*args) for s in (("reversal", knobs), ("scan", {})))
+    assert relative_error(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("knobs", [{}, {"blocks_per_ckpt": 2}, {"snapshots": 2}], ids=str)
+def test_collectives_along_an_axis_of_vmap(knobs):
+    def centred(w, x):
+        return x + jnp.tanh(x @ w) - jax.lax.pmean(jnp.sin(x @ w), "batch")
+
+    w, xs = random_like((jnp.zeros((5, 4, 4)), jnp.zeros((3, 2, 4))))
+
+    def inside(stack):
+        gradient = jax.grad(lambda w, x: (stack(w, x) ** 2).sum())
+        return jax.vmap(gradient, (None, 0), axis_name="batch")(w, xs)
+
+    assert relative_error(inside(reversed_scan(centred, **knobs)), inside(checkpoint_scan(centred))) < 1e-5
+    outside = jax.vmap(partial(reversed_scan(centred, **knobs), w), axis_name="batch")
+    with pytest.raises(NotImplementedError, match=r"along the axis 'batch' of a jax.vmap .* write engine='scan'"):
+        jax.grad(lambda xs: outside(xs).sum())(xs)
+
+
 @pytest.mark.parametrize("knobs", [{}, {"blocks_per_ckpt": 3}, {"snapshots": 2}, {"stages": "tags:h"}], ids=str)
 def test_vmap(knobs):
     w, x, mask = inputs()

@@ -1,5 +1,7 @@
 """Blocks that are cut into pieces: gradients, what is kept, how often is run, and what is refused."""
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -211,8 +213,20 @@ def test_tags_inside_of_what_is_not_cut(within):
 
 def test_nothing_to_cut_is_a_note():
     stack = checkpoint_scan(lambda w, x: x @ w, stages="auto")
-    with pytest.warns(UserWarning, match="stages='auto' found nothing to cut; the block stays whole"):
+    with pytest.warns(UserWarning, match="stages='auto' found nothing to cut; the block stays whole") as noted:
         stack(jnp.ones((3, 4, 4)), jnp.ones((2, 4)))
+    assert noted[0].filename == __file__
+
+
+def test_empty_values_are_not_awaited():
+    def looped(w, x):
+        body = lambda c, _: (jnp.sin(c @ w), (jnp.cos(c), jnp.sin(c[:0])))  # noqa: E731
+        c, (whole, empty) = jax.lax.scan(body, x, None, length=3)
+        return x + jnp.sin(checkpoint_name(whole, "a")).sum(0) @ w + c + empty.sum()
+
+    args = random_like((jnp.zeros((N, 6, 6)), jnp.zeros((2, 6))))
+    got, want = (gradients(fn, *args) for fn in (checkpoint_scan(looped, stages="tags:a"), partial(plain_loop, looped)))
+    assert relative_error(got, want) < 1e-5
 
 
 def test_side_effects_are_not_cut():
