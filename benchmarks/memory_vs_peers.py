@@ -207,7 +207,16 @@ def table(title: str, target: str, jax_version: str, rows: list[dict[str, Any]])
     lines = [f"### {title}; compiled for {device} with JAX {jax_version}", ""]
     lines += ["| system | setting | peak GiB | temp GiB | forward runs | compile s |", "|---|---|--:|--:|--:|--:|"]
     ordered = sorted(rows, key=lambda row: (row.get("peak_bytes", float("inf")), row["system"], row["setting"]))
-    return "\n".join(lines + ["| " + " | ".join([row["system"], row["setting"], *cells(row)]) + " |" for row in ordered])
+    lines += ["| " + " | ".join([row["system"], row["setting"], *cells(row)]) + " |" for row in ordered]
+    return "\n".join([*lines, "", said] if (said := engines(rows)) else lines)
+
+
+def engines(rows: list[dict[str, Any]]) -> str:
+    """The reversal engine's peak to the scan engine's, for the same settings."""
+    ours = {row["setting"]: row["peak_bytes"] for row in rows if row["system"] == "jaxckpt" and "peak_bytes" in row}
+    pairs = {setting: setting.removesuffix(', engine="reversal"') for setting in ours}
+    found = [f"`{a}` {ours[b] / ours[a]:.3f}" for b, a in pairs.items() if a != b and a in ours]
+    return f"Peak of the reversal engine to that of the scan engine: {', '.join(sorted(found))}." if found else ""
 
 
 def cells(row: dict[str, Any]) -> list[str]:

@@ -377,7 +377,7 @@ def _from_inputs(jaxpr: Any) -> list[tuple[int, int] | None]:
 
 
 def constant_in_derivatives(jaxpr: Any) -> list[bool]:
-    """Which outputs have no tangent whatever the inputs have, because all that they depend on is behind a `stop_gradient`."""
+    """Which outputs have no tangent, whatever the inputs have: those of which all is behind a `stop_gradient`."""
     moving = {var for var in jaxpr.invars if _is_differentiable(var)}
     for eqn in jaxpr.eqns:
         given = [not isinstance(var, core.Literal) and var in moving for var in eqn.invars]

@@ -77,14 +77,18 @@ def reverse_blocks(step: Step, inputs: Inputs, length: int, setting: Setting, ke
     def run(inputs: Inputs, guard: jax.Array) -> tuple[Arrays, Arrays]:
         return lax.scan(lambda carry, x: step(inputs._replace(xs=x, carry=carry)), inputs.carry, inputs.xs, length=length)
 
+    # Where chunks share slots, several loops have to agree on layouts. Without, these are the loops of the scan engine.
+    shares_slots = plan.chunks.start.size > 1 and not plan.by_input
+    pin = row_major if shares_slots or plan.on_host else lambda x: x
+
     def pinned(inputs: Inputs) -> tuple[Arrays, Arrays]:
-        carry, ys = step(inputs._replace(carry=list(map(row_major, inputs.carry))))
-        return list(map(row_major, carry)), ys
+        carry, ys = step(inputs._replace(carry=list(map(pin, inputs.carry))))
+        return list(map(pin, carry)), ys
 
     def forward(primals: Inputs, guard: Any) -> tuple[tuple[Arrays, Arrays], _Saved]:
         inputs = primals.like([primal.value for primal in primals.flat()])
         perturbed = primals.like([primal.perturbed for primal in primals.flat()])
-        return _forward(_Block(pinned, plan.keep, length == 1, inputs, perturbed), plan, inputs)
+        return _forward(_Block(pinned, plan.keep, pin, length == 1, inputs, perturbed), plan, inputs)
 
     run.defvjp(forward, _backward, symbolic_zeros=True)
     return run(inputs, reverse_only(inputs.flat()))
@@ -196,15 +200,24 @@ class _Block:
     by their number among the outputs of `_kept`.
 
     Attributes:
+        pin: the layout of what goes into slots and snapshots.
         wanted: the inputs that have gradients.
         slot: what goes into a slot.
         in_carry, in_ys: where that is a leaf of the carry, or a `y`, which of them.
         axes: the named axes along which blocks compute together.
     """
 
-    def __init__(self, step: Step, keep: JaxPolicy, straight: bool, inputs: Inputs, perturbed: Inputs):
+    def __init__(
+        self,
+        step: Step,
+        keep: JaxPolicy,
+        pin: Callable[[Any], Any],
+        straight: bool,
+        inputs: Inputs,
+        perturbed: Inputs,
+    ):
         types = inputs._replace(xs=jx.slice_types(inputs.xs))
-        self.step = step
+        self.step, self.pin = step, pin
         self.wanted = _wanted(step, types, perturbed)
         where = _true(self.wanted.flat())
         pull_tree: Any = None
@@ -261,7 +274,7 @@ class _Block:
     def run_and_keep(self, inputs: Inputs, numbers: Iterable[int]) -> tuple[Arrays, Arrays, Slot]:
         """The next carry, the `y`s, and these values of a slot."""
         out = self._kept(*inputs.flat())
-        return out[: self._ys.start], out[self._ys], {i: row_major(out[i]) for i in numbers}
+        return out[: self._ys.start], out[self._ys], {i: self.pin(out[i]) for i in numbers}
 
     def same(self, inputs: Inputs) -> Slot:
         """What the reversals of all blocks want alike."""
@@ -423,7 +436,7 @@ def _backward(saved: _Saved, cotangents: tuple[Arrays, Arrays]) -> tuple[Inputs,
             slots = keep(chunk, carry, slots)
         end = chunk.count - 1
         count = _known(plan.chunks.count, chunk.count)
-        slot_at = lambda k: jax.tree.map(row_major, _at(slots, k))  # noqa: E731
+        slot_at = lambda k: jax.tree.map(block.pin, _at(slots, k))  # noqa: E731
         sums = _loop(0, count, lambda k, sums: reverse(chunk.start + end - k, slot_at(end - k), sums), sums)
         return (sums, snaps, slots), None
 
@@ -445,9 +458,9 @@ def _check_axes(axes: Iterable[Any]) -> None:
             lax.axis_size(axis)
         except NameError:
             raise NotImplementedError(
-                f"the reversal engine cannot go backwards through a block that computes along the axis {axis!r} of a jax.vmap "
-                "around the stack: write engine='scan', or differentiate inside of the vmap, jax.vmap(jax.grad(f), "
-                f"axis_name={axis!r})"
+                f"the reversal engine cannot go backwards through a block that computes along the axis {axis!r} of a "
+                "jax.vmap around the stack: write engine='scan', or differentiate inside of the vmap, "
+                f"jax.vmap(jax.grad(f), axis_name={axis!r})"
             ) from None
 
 
