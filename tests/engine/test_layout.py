@@ -1,4 +1,4 @@
-"""Layouts are pinned in programs for one GPU, and nowhere else."""
+"""Layouts are pinned where chunks share slots or carries go to the host, in programs for one GPU, and nowhere else."""
 
 from functools import partial
 
@@ -14,19 +14,31 @@ from jaxckpt import checkpoint_scan
 PIN = "LayoutConstraint"
 
 
-def loss(w, x):
-    return checkpoint_scan(lambda w, x: x + jnp.sin(x @ w), engine="reversal")(w, x).sum()
+def loss(w, x, **knobs):
+    knobs = knobs or {"blocks_per_ckpt": 2}
+    return checkpoint_scan(lambda w, x: x + jnp.sin(x @ w), engine="reversal", **knobs)(w, x).sum()
 
 
-def lowered(platform, devices=1, kind=AxisType.Auto):
+def lowered(platform, devices=1, kind=AxisType.Auto, **knobs):
     mesh = AbstractMesh((devices,), ("data",), axis_types=(kind,))
     shaped = lambda shape, spec: jax.ShapeDtypeStruct(shape, "float32", sharding=NamedSharding(mesh, spec))  # noqa: E731
-    traced = jax.jit(jax.grad(loss)).trace(shaped((3, 4, 4), P()), shaped((8, 4), P("data")))
+    traced = jax.jit(jax.grad(partial(loss, **knobs))).trace(shaped((3, 4, 4), P()), shaped((8, 4), P("data")))
     return traced.lower(lowering_platforms=(platform,)).as_text()
 
 
-def test_for_one_gpu():
-    assert PIN in lowered("cuda")
+@pytest.mark.parametrize(
+    "knobs, is_pinned",
+    [
+        ({"blocks_per_ckpt": 2}, True),
+        ({"offload_carry": True}, True),
+        ({"policy": "nothing"}, False),
+        ({"policy": "everything"}, False),
+        ({"snapshots": 2}, False),
+    ],
+    ids=str,
+)
+def test_for_one_gpu(knobs, is_pinned):
+    assert (PIN in lowered("cuda", **knobs)) == is_pinned
 
 
 @pytest.mark.parametrize("platform, devices", [("cpu", 1), ("cuda", 8), ("cpu", 8)])
