@@ -46,7 +46,7 @@ ON_EIGHT_DEVICES = """
 """
 
 
-@pytest.mark.parametrize("sharded", ["data-parallel", "fsdp", "fsdp, last axis"])
+@pytest.mark.parametrize("sharded", ["data-parallel", "fsdp", pytest.param("fsdp, last axis", marks=pytest.mark.full)])
 def test_no_more_bytes_per_device_than_the_scan_engine(sharded):
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     done = subprocess.run(

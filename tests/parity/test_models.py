@@ -71,7 +71,13 @@ def test_float64_with_dropout(model, policy, per_ckpt):
     compare(model, per_ckpt, policy, with_dropout=True)
 
 
-@pytest.mark.parametrize(("model", "policy", "per_ckpt"), product())
+def product_in_float32() -> list:
+    """The same; the pair models in chunks of 3 and 6 blocks, minutes of compiling, only in the full run."""
+    is_long = lambda model, per_ckpt: model != "transformer" and per_ckpt in (3, 6)  # noqa: E731
+    return [pytest.param(*case, marks=[pytest.mark.full] if is_long(case[0], case[2]) else []) for case in product()]
+
+
+@pytest.mark.parametrize(("model", "policy", "per_ckpt"), product_in_float32())
 def test_float32(model, policy, per_ckpt):
     compare(model, per_ckpt, policy, "float32")
 
