@@ -165,7 +165,7 @@ def systems(stack: Stack) -> list[System]:
     k, m, n = stack.chunk, stack.chunks, stack.length
     haiku_remat = {"": {}, "prevent_cse=False": {"prevent_cse": False}, "dots": {"policy": POLICIES["dots"]}}
     simple = [(None, "everything"), (None, "dots"), (None, "dots_no_batch"), (None, "nothing")]
-    simple += [(2, "everything"), (k, "everything"), (k, "dots"), (k, "nothing")]
+    simple += [(None, "cheap"), (2, "everything"), (k, "everything"), (k, "dots"), (k, "nothing")]
     ours = {f"blocks_per_ckpt={count}, {name}": {"blocks_per_ckpt": count, "policy": name} for count, name in simple}
     in_chunks = {"blocks_per_ckpt": k, "policy": "nothing"}
     ours |= {f'{setting}, engine="reversal"': {**knobs, "engine": "reversal"} for setting, knobs in ours.items()}
@@ -188,7 +188,7 @@ def systems(stack: Stack) -> list[System]:
     return [
         System("no checkpointing", "lax.scan", plain_scan),
         *(
-            System("jaxckpt", setting, our_stack(**knobs), "jaxckpt", "dots" in setting or "stages" in setting)
+            System("jaxckpt", setting, our_stack(**knobs), "jaxckpt", any(w in setting for w in ("dots", "cheap", "stages")))
             for setting, knobs in ours.items()
         ),
         System("Python loop", "jax.checkpoint of each block", checkpointed_loop, is_slow=True),

@@ -3,8 +3,9 @@
 OpenFold, `openfold/utils/checkpointing.py` (AlQuraishi Laboratory, 2021), after AlphaFold 2, supplement 1.11.8.
 """
 
+import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from jaxckpt import policies
 from jaxckpt._leaves import is_array, named_leaves, replaced
 from jaxckpt._setting import check_blocks_per_ckpt
 from jaxckpt.analysis import jaxpr as jx
+from jaxckpt.engine.choice import with_choice
 from jaxckpt.flax.linen import bound_module
 from jaxckpt.policies.grammar import JaxPolicy, everything, nothing
 
@@ -58,9 +60,10 @@ def checkpoint_blocks(
     if any(module.is_initializing() for module in modules):
         return _run(blocks, args)
     before = _variables(modules)
-    keep = _resolve(policy, blocks, args)
+    tags = _tags(blocks, args) if policy.reads_tags else ()
     if blocks_per_ckpt == 1:
-        keep = everything  # one block at a time is alive anyway: keeping less inside it would only run it a third time
+        policy = policies.get("everything")  # one block is alive anyway: keeping less of it would only run it a third time
+    keep = functools.partial(_chosen, policy, tags) if policy.chooses else policy.for_tags(tags)
     for start in range(0, len(blocks), blocks_per_ckpt):
         chunk = [_checkpoint(block, keep) for block in blocks[start : start + blocks_per_ckpt]]
         args = _checkpoint(lambda *a, chunk=chunk: _run(chunk, a), nothing)(*args)
@@ -88,8 +91,12 @@ def _run(blocks: Sequence[Callable[..., Any]], args: tuple[Any, ...]) -> tuple[A
     return args
 
 
-def _checkpoint(fn: Callable[..., Any], keep: JaxPolicy) -> Callable[..., Any]:
-    """`jax.checkpoint` of a function whose arguments and results may hold leaves that are not arrays."""
+def _checkpoint(fn: Callable[..., Any], keep: "JaxPolicy | functools.partial[Any]") -> Callable[..., Any]:
+    """`jax.checkpoint` of a function whose arguments and results may hold leaves that are not arrays.
+
+    Arguments:
+        keep: the policy; or, as a `partial`, what makes one, and the function it is for, from a function of arrays.
+    """
     if keep is everything:
         return fn
 
@@ -103,8 +110,9 @@ def _checkpoint(fn: Callable[..., Any], keep: JaxPolicy) -> Callable[..., Any]:
             kept, out["rebuild"] = _split(results)
             return kept
 
+        run, policy = keep(on_arrays, arrays) if isinstance(keep, functools.partial) else (on_arrays, keep)
         # The blocks of a chunk are straight-line code: without the barrier XLA would merge the re-run with the forward.
-        kept = jax.checkpoint(on_arrays, policy=keep, prevent_cse=True)(arrays)
+        kept = jax.checkpoint(run, policy=policy, prevent_cse=True)(arrays)
         return jax.tree.unflatten(out["tree"], out["rebuild"](kept))
 
     return run
@@ -117,14 +125,22 @@ def _split(leaves: list[Any]) -> tuple[list[Any], Callable[[list[Any]], list[Any
     return [leaves[i] for i in where], lambda arrays: replaced(others, where, arrays)
 
 
-def _resolve(policy: policies.Policy, blocks: Sequence[Callable[..., Any]], args: tuple[Any, ...]) -> JaxPolicy:
-    """The `jax.checkpoint` policy; where it speaks of tags, those of all blocks together."""
-    if not policy.reads_tags:
-        return policy.for_tags(())
+def _tags(blocks: Sequence[Callable[..., Any]], args: tuple[Any, ...]) -> frozenset[str]:
+    """The tags of all blocks together."""
     leaves, tree = jax.tree.flatten(args)
     arrays, rebuild = _split(leaves)
 
     def all_blocks(arrays):
         return _split(jax.tree.leaves(_run(blocks, jax.tree.unflatten(tree, rebuild(arrays)))))[0]
 
-    return policy.for_tags(jx.tags(jx.trace(all_blocks, arrays)))
+    return jx.tags(jx.trace(all_blocks, arrays))
+
+
+def _chosen(
+    policy: policies.Policy, tags: Iterable[str], fn: Callable[[list[Any]], list[Any]], arrays: list[Any]
+) -> tuple[Callable[[list[Any]], list[Any]], JaxPolicy]:
+    """A block with what the policy chooses of it tagged, and the `jax.checkpoint` policy that keeps it."""
+    assert policy.chooses is not None
+    closed, (_, choice) = with_choice(jx.trace(fn, arrays), policy.chooses)
+    run = jx.as_function(closed)
+    return lambda arrays: run(*arrays), policy.for_tags(tags, choice.names)

@@ -12,10 +12,11 @@
 | `while` | its body once, marked as a guess | the same |
 | everything else (custom calls, kernels) | none | inputs and outputs, marked as a guess |
 
-Rates and bandwidths are those of the target (`jaxckpt.targets`).
+Rates and bandwidths are those of the target (`jaxckpt.targets`), or `REFERENCE`.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jax.extend import core
@@ -52,6 +53,23 @@ _CALLS = frozenset(
     """.split()
 )
 FUSED = 0.25  # how much of a fusible equation's traffic remains
+_DEAR = frozenset("dot_general conv_general_dilated scan while sort top_k approx_top_k fft".split())
+
+
+class Rates(NamedTuple):
+    """What the time model knows of a device: bytes per second, and operations per second by dtype."""
+
+    memory_bandwidth: float
+    matmul_rate: Mapping[str, float]
+    vector_rate: Mapping[str, float]
+
+
+# Those of an H200, for choices that must not depend on where they are made.
+REFERENCE = Rates(
+    memory_bandwidth=4.8e12,
+    matmul_rate={"bfloat16": 9.89e14, "float16": 9.89e14, "float32": 4.94e14, "float64": 6.69e13},
+    vector_rate={"float32": 6.69e13, "float64": 3.35e13},
+)
 
 
 class Cost(NamedTuple):
@@ -65,7 +83,7 @@ def cost(eqn: Any, gpu: Any) -> Cost:
     """What running `eqn` once costs.
 
     Arguments:
-        gpu: a `jaxckpt.memory.targets.Gpu`, or anything with its `memory_bandwidth`, `matmul_rate` and `vector_rate`.
+        gpu: `Rates`, or a `jaxckpt.memory.targets.Gpu`, which has the same fields.
     """
     name = eqn.primitive.name
     moved = (
@@ -91,6 +109,21 @@ def cost(eqn: Any, gpu: Any) -> Cost:
     if name in _CALLS and inner:
         return inner[0]
     return Cost(moved, is_guess=True)
+
+
+def is_dear(eqn: Any) -> bool:
+    """Whether an equation is none that `cheap` runs again.
+
+    Dear are matrix products, convolutions, loops, sorts, Fourier transforms, random draws, what the table above does not
+    know, such as custom calls, and calls and branches with any of these in them.
+    """
+    name = eqn.primitive.name
+    if name in _DEAR or name in ("random_bits", "random_gamma", "threefry2x32"):
+        return True
+    if name in _VIEWS | _FUSIBLE | _OTHERS:
+        return False
+    inner = inner_jaxprs(eqn)
+    return not inner or any(is_dear(e) for jaxpr in inner for e in jaxpr.eqns)
 
 
 def _total(jaxpr: Any, gpu: Any) -> Cost:

@@ -6,10 +6,10 @@ is a minimum cut (Picard, "Maximal closure of a graph", 1976): the source leads 
 capacity `price * bytes` leads to the equation that makes it (cut: the value is kept); from each equation an edge of capacity
 `seconds` leads to the sink (cut: the equation is run again) and edges that are never cut lead to the values it needs.
 
-The cuts for all prices are the corners of the lower convex hull of (bytes, seconds). They are found without a grid of prices:
-the price at which two known corners are worth the same either gives a better cut between them, or there is none (Eisner and
-Severance, "Mathematical techniques for efficient record segmentation", 1976). Maximum flows are SciPy's, whose capacities
-have 31 bits: sums are rounded to a billionth.
+The cuts for all prices are the corners of the lower convex hull of (bytes, seconds). They are found without a grid of
+prices: the price at which two known corners are worth the same either gives a better cut between them, or there is none
+(Eisner and Severance, "Mathematical techniques for efficient record segmentation", 1976). Maximum flows are SciPy's, whose
+capacities have 31 bits: sums are rounded to a billionth.
 """
 
 from collections.abc import Sequence
@@ -57,7 +57,7 @@ class Cut(NamedTuple):
 
 
 def hull(graph: Graph) -> list[Cut]:
-    """The corners of the lower convex hull of (bytes, seconds), from keeping nothing to running as little again as can be."""
+    """The corners of the lower convex hull of (bytes, seconds), from keeping nothing to running the least again."""
     corners = [nothing_kept(graph), _cut(graph, [0.0] * len(graph.sizes), graph.seconds)]
     i = 0
     while i < len(corners) - 1:
@@ -86,22 +86,36 @@ def least_bytes(graph: Graph, dear: Sequence[bool]) -> Cut:
     return _cut(graph, prices, [float(yes) for yes in dear])
 
 
-def within(graph: Graph, budget: int) -> Cut:
-    """Few seconds within a budget of bytes.
+def front(graph: Graph, halvings: int = 8) -> list[Cut]:
+    """Cuts of which none needs fewer bytes and fewer seconds than another, by bytes: the hull, and what is found between.
 
-    The least is a knapsack's problem. Here the last corner of the hull within the budget is taken, what it keeps is given
-    away for nothing, and the same is done with what is left of the budget, as long as that saves a thousandth.
+    The least seconds within a budget are a knapsack's problem. Here the last corner of the hull within the budget is taken,
+    what it keeps is given away for nothing, and the same is done with what is left of the budget, as long as that saves a
+    thousandth; for the bytes of the last corner, halved again and again.
     """
-    kept: frozenset[int] = frozenset()
-    best = nothing_kept(graph)
+    corners = hull(graph)
+    found = list(corners)
+    for k in range(1, halvings + 1):
+        found += _towards(graph, corners[-1].bytes >> k)
+    best: list[Cut] = []
+    for cut in sorted(found, key=lambda cut: (cut.bytes, cut.seconds)):
+        if not best or cut.seconds < best[-1].seconds:
+            best.append(cut)
+    return best
+
+
+def _towards(graph: Graph, budget: int) -> list[Cut]:
+    """Cuts within a budget, each of fewer seconds than the one before."""
+    found = [nothing_kept(graph)]
     while True:
-        left = budget - sum(graph.sizes[v] or 0 for v in kept)
+        kept = found[-1].kept
+        left = budget - found[-1].bytes
         sizes = [0 if v in kept else None if size is None or size > left else size for v, size in enumerate(graph.sizes)]
         corner = [cut for cut in hull(graph._replace(sizes=sizes)) if cut.bytes <= left][-1]
-        found = _priced(graph, corner.kept, corner.again)
-        if found.seconds >= best.seconds * 0.999:
-            return best
-        kept, best = found.kept, found
+        cut = _priced(graph, corner.kept, corner.again)
+        if cut.seconds >= found[-1].seconds * 0.999:
+            return found
+        found.append(cut)
 
 
 def _cut(graph: Graph, prices: Sequence[float], costs: Sequence[float]) -> Cut:

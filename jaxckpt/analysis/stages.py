@@ -154,7 +154,7 @@ def cuts_at_tags(closed: Any, tags: Sequence[str]) -> list[int]:
             "derivative of its own, and those are not cut: tag a value outside of it"
         )
     if missing:
-        there = ", ".join(sorted({tag for tag in found if tag is not None})) or "none"
+        there = ", ".join(sorted({tag for tag in found if tag is not None and not jx.is_value_name(tag)})) or "none"
         raise ValueError(f"stages: nothing in the block is tagged {', '.join(map(repr, missing))}; its tags are: {there}")
     last = len(found) - 1
     return [i + 1 for i, tag in enumerate(found) if tag in tags and i < last]

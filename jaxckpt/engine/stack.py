@@ -20,7 +20,9 @@ from jaxckpt._leaves import is_array, replaced, stacked_length
 from jaxckpt._setting import Setting, check_blocks_per_ckpt, check_snapshots
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis.stages import Piece, cuts_at_tags, find_cuts, in_pieces, pieces_between
+from jaxckpt.analysis.tradeoff import Choice, Tradeoff
 from jaxckpt.engine import check
+from jaxckpt.engine.choice import with_choice
 from jaxckpt.engine.offload import guard_offload
 from jaxckpt.engine.reversal import Inputs, Step, reverse_blocks
 from jaxckpt.engine.scan import scan_blocks
@@ -65,14 +67,15 @@ def run_stack(
         observed.reset(token)
     check.effects(traced.closed, setting, names)
     through_scan = setting.offload_carry and setting.engine == "scan"
-    guarded = guard_offload(_resolve(setting, traced.closed, names), setting.policy.may_offload or through_scan)
+    closed, keep, chosen = _resolve(setting, traced.closed, names)
+    guarded = guard_offload(keep, setting.policy.may_offload or through_scan)
 
     x_leaves = jax.tree.leaves(xs)
-    sources = jx.forwarded(traced.closed.jaxpr)
+    sources = jx.forwarded(closed.jaxpr)
     sources, rest_sources = sources[: len(traced.carry)], sources[len(traced.carry) :]
     # What a block returns of its own slice of `xs` unchanged, parameters above all, is `xs` and not a copy of it.
     own = {i: x_leaves[source] for i, source in enumerate(rest_sources) if source is not None and source < len(x_leaves)}
-    closed, pieces = _cut(setting, traced, len(x_leaves), names)
+    closed, pieces = _cut(setting, closed, range(len(x_leaves), len(x_leaves) + len(traced.carry)), names)
     run = Run(
         setting=setting,
         length=length,
@@ -80,6 +83,7 @@ def run_stack(
         closed=closed,
         pieces=pieces,
         keep=guarded.keep,
+        chosen=chosen,
         carry_to_host=guarded.carry_to_host,
         # A carry that all blocks pass through unchanged is shared: it stays out of the scan, which would store it per block.
         moving=[i for i, source in enumerate(sources) if source != len(x_leaves) + i],
@@ -105,6 +109,7 @@ class Run:
     closed: Any  # of one block: slices of `xs`, carry and shared arrays in, carry and the rest out
     pieces: Sequence[Piece]  # into which the block is cut, if it is; then `closed` is inlined
     keep: JaxPolicy
+    chosen: tuple[Tradeoff, Choice] | None  # where the policy chooses what is kept
     carry_to_host: JaxPolicy
     moving: list[int]  # the carry's leaves that the blocks change
     computed: list[int]  # the other outputs that are no slices of `xs`
@@ -209,16 +214,16 @@ def _trace(block: Block, setting: Setting, xs: Any, carry: tuple, shared: dict[s
     return _Traced(closed, leaves, trees["carry"], arrays, trees["rest"])
 
 
-def _cut(setting: Setting, traced: "_Traced", slices: int, names: check.Names) -> tuple[Any, list[Piece]]:
-    """The block's jaxpr, inlined where it is cut, and the pieces."""
+def _cut(setting: Setting, closed: Any, carried: Sequence[int], names: check.Names) -> tuple[Any, list[Piece]]:
+    """The block's jaxpr, inlined where it is cut, and the pieces; `carried` are its inputs that are the carry."""
     if setting.stages is None:
-        return traced.closed, []
-    if found := jx.effects(traced.closed):
+        return closed, []
+    if found := jx.effects(closed):
         raise ValueError(
             f"{names.block} has side effects ({', '.join(found)}), and stages cuts only blocks without: take debugging "
             "output out of the block, or leave stages away"
         )
-    flat = jx.inlined(traced.closed, checkpoints=True)
+    flat = jx.inlined(closed, checkpoints=True)
     wanted = jx.residual_bytes(flat)
     if isinstance(setting.stages, tuple):
         try:
@@ -227,19 +232,22 @@ def _cut(setting: Setting, traced: "_Traced", slices: int, names: check.Names) -
             raise ValueError(f"{names.block}: {error}") from None
     else:
         most = None if setting.stages == "auto" else setting.stages
-        cuts = find_cuts(flat, range(slices, slices + len(traced.carry)), wanted, most)
+        cuts = find_cuts(flat, carried, wanted, most)
     if not cuts:
         asked = "tags:" + ",".join(setting.stages) if isinstance(setting.stages, tuple) else setting.stages
         check.warn(f"{names.block}: stages={asked!r} found nothing to cut; the block stays whole")
-        return traced.closed, []
+        return closed, []
     return flat, pieces_between(flat, cuts, wanted)
 
 
-def _resolve(setting: Setting, closed: Any, names: check.Names) -> JaxPolicy:
-    """The `jax.checkpoint` policy that the setting's policy is for this block."""
-    if not setting.policy.reads_tags:
-        return setting.policy.for_tags(())
+def _resolve(setting: Setting, closed: Any, names: check.Names) -> tuple[Any, JaxPolicy, tuple[Tradeoff, Choice] | None]:
+    """The block's jaxpr, with what the policy chooses tagged if it does, the `jax.checkpoint` policy, and the choice."""
+    policy = setting.policy
+    tags = jx.tags(closed) if policy.reads_tags else ()
+    chosen = None
+    if policy.chooses is not None:
+        closed, chosen = with_choice(closed, policy.chooses)
     try:
-        return setting.policy.for_tags(jx.tags(closed))
+        return closed, policy.for_tags(tags, chosen[1].names if chosen else ()), chosen
     except ValueError as error:
         raise ValueError(f"{names.block}: {error}") from None

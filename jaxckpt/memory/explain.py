@@ -20,6 +20,7 @@ from jax.core import Tracer
 from jax.extend.core import Literal
 
 from jaxckpt._leaves import replaced, split_arrays
+from jaxckpt._sizes import size_text
 from jaxckpt._table import aligned
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis.cost import Cost, cost
@@ -60,6 +61,21 @@ class Value:
 
 
 @dataclass(frozen=True)
+class Chosen:
+    """What a policy such as `cheap` or `budget:0.25` chose for a block, by the time model of its own reference GPU.
+
+    Fields:
+        bytes: kept of one block, beside its input. rerun: what is run again, as a share of the time of a forward pass; some
+            of it is computed by derivatives only, and is run under any policy.
+        corners: all (bytes, rerun) on the convex hull of what could be chosen.
+    """
+
+    bytes: int
+    rerun: float
+    corners: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
 class Explanation:
     """What a setting stores for a stack of `N` blocks, in bytes, and what one block is made of.
 
@@ -76,6 +92,7 @@ class Explanation:
         forward_seconds, rerun_seconds: the time model's cost of one block's forward pass, and of what of it is run again to
             get at the values that are wanted and not kept. (Chunks are run once more before that, to get at their inputs.)
             Loops and calls with a derivative of their own, and the block's own checkpoints, count as a whole.
+        chosen: where the policy chooses by itself, what, out of what.
     """
 
     block: str
@@ -91,6 +108,7 @@ class Explanation:
     target: str | None = None
     forward_seconds: float | None = None
     rerun_seconds: float | None = None
+    chosen: "Chosen | None" = None
 
     @property
     def forward_runs(self) -> float | None:
@@ -129,18 +147,24 @@ class Explanation:
         return f"{self.length} x {self.block}{chunks}, policy={self.policy!r}{pieces}"
 
     def _totals(self) -> list[str]:
-        lines = [f"stored from the forward to the backward pass: {_size(self.stored_bytes)}"]
+        lines = [f"stored from the forward to the backward pass: {size_text(self.stored_bytes)}"]
         if self.host_bytes:
-            lines.append(f"in the host's memory: {_size(self.host_bytes)}")
+            lines.append(f"in the host's memory: {size_text(self.host_bytes)}")
         if self.blocks_per_ckpt is not None:
-            lines.append(f"and while a chunk of {self.blocks_per_ckpt} is differentiated: {_size(self.chunk_bytes)}")
-        lines.append(f"without checkpointing: {_size(self.wanted_bytes)}")
+            lines.append(f"and while a chunk of {self.blocks_per_ckpt} is differentiated: {size_text(self.chunk_bytes)}")
+        lines.append(f"without checkpointing: {size_text(self.wanted_bytes)}")
         if self.forward_seconds and self.rerun_seconds is not None:
             share = self.rerun_seconds / self.forward_seconds
             beside = "" if self.blocks_per_ckpt is None else ", beside the run that restores its chunk"
             lines.append(
                 f"run again in each block{beside}, by the time model of {self.target}: {self.rerun_seconds * 1e3:.3g} of "
                 f"{self.forward_seconds * 1e3:.3g} ms ({share:.0%})"
+            )
+        if self.chosen is not None:
+            corners = ", ".join(f"{size_text(size)} {rerun:.0%}" for size, rerun in self.chosen.corners)
+            lines.append(
+                f"chosen: {size_text(self.chosen.bytes)} per block beside its input, {self.chosen.rerun:.0%} run again; out "
+                f"of: {corners}"
             )
         return lines
 
@@ -237,8 +261,17 @@ def explain(
         else sum(r.bytes for r in kept if not r.is_host),
         wanted_bytes=sum(r.bytes for r in without),
         target=None if where is None else where.name,
+        chosen=_choice_of(run),
         **_seconds(in_chunk, kept, wanted, costs),
     )
+
+
+def _choice_of(run: Run) -> Chosen | None:
+    if run.chosen is None:
+        return None
+    trade, choice = run.chosen
+    share = lambda found: found.rerun_seconds / (trade.forward_seconds or 1.0)  # noqa: E731
+    return Chosen(choice.bytes, share(choice), tuple((corner.bytes, share(corner)) for corner in trade.corners))
 
 
 def _converted_parameters(run: Run) -> set[int]:
@@ -367,7 +400,7 @@ def _residuals(run: Run) -> list[_Residual]:
 def _rows(run: Run, kept: list[_Residual], wanted: list[_Residual], alive: int, costs: list[Cost] | None) -> list[Value]:
     """What is kept, and what is wanted beside it, which is run again."""
     block = run.closed.jaxpr
-    tags = {number: jx.tag_of(block.eqns[i]) for i, number in jx.aliases(block).items()}
+    tags = {number: tag for i, number in jx.aliases(block).items() if (tag := _own_tag(block.eqns[i])) is not None}
 
     def row(r: _Residual, fate: str) -> Value:
         number, given, op = r.origin.number, r.origin.input, r.origin.op
@@ -402,20 +435,19 @@ def _rows(run: Run, kept: list[_Residual], wanted: list[_Residual], alive: int, 
     return [*chunks, *(row(r, fate) for r, fate in fates)]
 
 
+def _own_tag(eqn: Any) -> str | None:
+    """The user's name for a value."""
+    tag = jx.tag_of(eqn)
+    return None if tag is None or jx.is_value_name(tag) else tag
+
+
 _COLUMNS = ("value", "op", "source", "shape", "bytes", "times", "fate", "re-run")
 
 
 def _cells(value: Value) -> tuple[str, ...]:
     shape = f"{value.dtype}[{','.join(map(str, value.shape))}]"
     spent = "" if value.seconds is None else f"{'~' * value.is_guess}{value.seconds * 1e6:,.1f} us"
-    return (value.name, value.op, value.source, shape, _size(value.bytes), f"x{value.times}", value.fate, spent)
-
-
-def _size(size: int) -> str:
-    for unit, one in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if size >= one:
-            return f"{size / one:,.1f} {unit}"
-    return f"{size} B"
+    return (value.name, value.op, value.source, shape, size_text(value.bytes), f"x{value.times}", value.fate, spent)
 
 
 _PAGE = """<!doctype html>

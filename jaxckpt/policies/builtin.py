@@ -51,6 +51,10 @@ def builtins() -> dict[str, tuple[Policy, str]]:
         table[name] = (Policy((Term(name, rule=rule),)), keeps)
         for alias in aliases:
             table[alias] = (Policy((Term(alias, rule=rule),)), f"the same as {name}: {keeps}")
+    keeps = (
+        "the fewest bytes under which no matrix product, convolution, loop, sort, random draw or custom call is run again"
+    )
+    table["cheap"] = (Policy((Term("cheap", chooses=True),)), keeps)
     for name, (verb, tags) in _RECIPES.items():
         where = "kept" if verb == "save" else "moved to pinned host memory"
         keeps = f"MaxText's recipe: of the tags {', '.join(tags)} those the block has, {where}"

@@ -5,6 +5,7 @@ A `Policy` is parsed without tracing anything. Terms that speak of tags (`save:`
 Tags are values marked with `jax.ad_checkpoint.checkpoint_name`.
 """
 
+import contextlib
 import difflib
 import fnmatch
 from collections.abc import Callable, Iterable
@@ -15,6 +16,8 @@ import jax
 from jax.ad_checkpoint import Offloadable, Recompute, Saveable
 from jax.extend.core.primitives import name_p
 
+from jaxckpt._sizes import size_of
+
 JaxPolicy = Callable[..., Any]
 
 everything: JaxPolicy = jax.checkpoint_policies.everything_saveable
@@ -23,11 +26,12 @@ nothing: JaxPolicy = jax.checkpoint_policies.nothing_saveable
 
 @dataclass(frozen=True)
 class Term:
-    """One term. Exactly one of `rule` (a `jax.checkpoint` policy) and `globs` is set.
+    """One term. Exactly one of `rule` (a `jax.checkpoint` policy), `globs` and `chooses` is set.
 
     `verb` says what happens to the tags that the globs match: `"save"`, `"except"` (all the others are saved) or
     `"offload"` (moved to pinned host memory). With `any_of`, the globs are alternatives of which one match is enough,
-    as in a recipe written for several models; otherwise each of them must match.
+    as in a recipe written for several models; otherwise each of them must match. A term that `chooses` has the values
+    found for the block at hand: within `budget`, a fraction (a float) or bytes (an int), or without one as `cheap` says.
     """
 
     text: str
@@ -35,12 +39,19 @@ class Term:
     verb: str = ""
     globs: tuple[str, ...] = ()
     any_of: bool = False
+    chooses: bool = False
+    budget: float | int | None = None
 
 
 VERBS = {
     "save": "the values tagged by checkpoint_name that match",
     "except": "every tagged value but those that match",
     "offload": "the values tagged by checkpoint_name that match, moved to pinned host memory",
+}
+
+BUDGETS = {
+    "budget:F": "what is run again in the least time, within a fraction (0 to 1) of the bytes that everything would keep",
+    "budget:SIZE": "the same within bytes per block, as in budget:300MiB, beside the block's input",
 }
 
 
@@ -59,6 +70,11 @@ class Policy:
         return any(term.verb for term in self.terms)
 
     @property
+    def chooses(self) -> Term | None:
+        """The term that chooses what a block keeps, if there is one."""
+        return next((term for term in self.terms if term.chooses), None)
+
+    @property
     def keeps_everything(self) -> bool:
         """Whether nothing is run again."""
         return any(term.rule is everything for term in self.terms) and not self.may_offload
@@ -73,15 +89,17 @@ class Policy:
         """Whether a value may go to host memory; of a policy function that is not JAX's own, nobody knows."""
         return any(term.verb == "offload" or (term.rule is not None and not _is_jaxs_own(term.rule)) for term in self.terms)
 
-    def for_tags(self, tags: Iterable[str]) -> JaxPolicy:
-        """The `jax.checkpoint` policy that this policy is for a block with these tags.
+    def for_tags(self, tags: Iterable[str], chosen: Iterable[str] = ()) -> JaxPolicy:
+        """The `jax.checkpoint` policy that this policy is for a block with these tags; `chosen` are those of `chooses`.
 
         Raises:
             ValueError: a glob matches none of `tags`, or a tag is both saved and offloaded.
         """
         tags = frozenset(tags)
-        named, rest, offloaded, rules = set(), set(), set(), []
+        named, rest, offloaded, rules = set(chosen), set(), set(), []
         for term in self.terms:
+            if term.chooses:
+                continue
             if term.rule is not None:
                 rules.append(term.rule)
                 continue
@@ -115,6 +133,8 @@ def parse(text: str, known: dict[str, "Policy"]) -> Policy:
         terms += _parse_term(part.strip(), text, known)
     if any(term.rule is everything for term in terms) and any(term.verb == "offload" for term in terms):
         raise ValueError(f"policy {text!r} keeps everything on the device, so that nothing is left to offload; name less")
+    if len(terms) > 1 and any(term.budget is not None for term in terms):
+        raise ValueError(f"policy {text!r}: a budget is all that a block keeps, and stands alone, as in 'budget:0.25'")
     return Policy(tuple(terms))
 
 
@@ -127,16 +147,31 @@ def _parse_term(part: str, text: str, known: dict[str, Policy]) -> tuple[Term, .
         if not all(globs):
             raise ValueError(f"policy {text!r}: a name is missing in {part!r}; write '{verb}:NAME' or '{verb}:NAME,mlp_*'")
         return (Term(part, verb=verb, globs=globs),)
+    if colon and verb == "budget":
+        return (Term(part, chooses=True, budget=_budget(rest.strip(), text)),)
     raise ValueError(_unknown(part, text, known))
+
+
+def _budget(amount: str, text: str) -> float | int:
+    """A fraction as a float, bytes as an int."""
+    with contextlib.suppress(ValueError):
+        if 0 <= (fraction := float(amount)) <= 1:
+            return fraction
+    with contextlib.suppress(ValueError):
+        return size_of(amount)
+    raise ValueError(
+        f"policy {text!r}: a budget is a fraction from 0 to 1, as in 'budget:0.25', or bytes per block with their unit, "
+        f"as in 'budget:300MiB'; got {amount!r}"
+    )
 
 
 def _unknown(part: str, text: str, known: dict[str, Policy]) -> str:
     where = "" if part == text else f" in {text!r}"
-    choices = [*known, *(f"{verb}:" for verb in VERBS)]
+    choices = [*known, *(f"{verb}:" for verb in (*VERBS, "budget"))]
     wanted = part.partition(":")[0] + ":" if ":" in part else part
     near = difflib.get_close_matches(wanted, choices, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
-    forms = ", ".join(f"{verb}:NAMES" for verb in VERBS)
+    forms = ", ".join([*(f"{verb}:NAMES" for verb in VERBS), *BUDGETS])
     return (
         f"unknown policy {part!r}{where}{hint} Known: {', '.join(known)}; {forms}; "
         "terms are joined by '+', as in 'dots+save:attn'."

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from jaxckpt.policies.builtin import builtins
-from jaxckpt.policies.grammar import VERBS, JaxPolicy, Policy, Term, parse
+from jaxckpt.policies.grammar import BUDGETS, VERBS, JaxPolicy, Policy, Term, parse
 
 _REGISTRY: dict[str, tuple[Policy, str]] = builtins()
 
@@ -65,15 +65,24 @@ def describe(policy: str | None = None) -> str:
     """
     if policy is None:
         rows = [(name, keeps) for name, (_, keeps) in _REGISTRY.items()]
-        rows += [(f"{verb}:NAMES", keeps) for verb, keeps in VERBS.items()]
+        rows += [*((f"{verb}:NAMES", keeps) for verb, keeps in VERBS.items()), *BUDGETS.items()]
     elif not isinstance(policy, str):
         raise TypeError(f"describe takes a name or an expression such as 'dots+save:attn'; got {policy!r}")
     else:
         get(policy)
-        parts = [part.strip() for part in policy.split("+")]
-        rows = [(p, _REGISTRY[p][1] if p in _REGISTRY else VERBS[p.partition(":")[0]]) for p in parts]
+        rows = [(part, _keeps(part)) for part in map(str.strip, policy.split("+"))]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:{width}}  {keeps}" for name, keeps in rows)
+
+
+def _keeps(part: str) -> str:
+    """What a term keeps."""
+    if part in _REGISTRY:
+        return _REGISTRY[part][1]
+    verb = part.partition(":")[0]
+    if verb in VERBS:
+        return VERBS[verb]
+    return BUDGETS["budget:F" if isinstance(get(part).terms[0].budget, float) else "budget:SIZE"]
 
 
 def register(name: str, policy: "str | JaxPolicy | Policy", *, keeps: str | None = None) -> None:

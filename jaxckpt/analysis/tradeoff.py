@@ -1,0 +1,128 @@
+"""What a block can keep for its backward pass and what that saves: bytes against seconds, from one trace of the block.
+
+Every value of the block is tagged, and autodiff of the tagged block says which values the backward pass wants and how each
+is computed from others: the graph of `jaxckpt.analysis.mincut`. Tags survive autodiff, so that a set of them, kept by
+`jax.checkpoint`'s own policies, is exactly the set that was chosen. What a derivative's rule computes beside the block's own
+values has no tag and cannot be kept.
+"""
+
+import functools
+import re
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.extend import core
+
+from jaxckpt.analysis import jaxpr as jx
+from jaxckpt.analysis.cost import cost, is_dear
+from jaxckpt.analysis.mincut import Cut, Graph, front, hull, least_bytes
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A set of values to keep.
+
+    Fields:
+        names: their tags, in the order in which the block computes them.
+        bytes: of one block, beside its inputs.
+        rerun_seconds: what one block's backward pass computes again, by the time model.
+    """
+
+    names: tuple[str, ...]
+    bytes: int
+    rerun_seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class Tradeoff:
+    """Of one block, beside its inputs.
+
+    Fields:
+        forward_seconds: of one run.
+        wanted_bytes: all that autodiff keeps where nothing is run again.
+    """
+
+    graph: Graph
+    names: tuple[str, ...]  # of each value; "" where it has no tag
+    dear: tuple[bool, ...]  # of each equation
+    forward_seconds: float
+    wanted_bytes: int
+
+    @functools.cached_property
+    def corners(self) -> tuple[Choice, ...]:
+        """Those of the convex hull, from keeping nothing to the fewest seconds."""
+        return tuple(map(self._choice, hull(self.graph)))
+
+    @functools.cached_property
+    def choices(self) -> tuple[Choice, ...]:
+        """All that are worth choosing, corners among them: each more bytes and fewer seconds than the one before."""
+        return tuple(map(self._choice, front(self.graph)))
+
+    @functools.cached_property
+    def cheap(self) -> Choice:
+        """The fewest bytes under which nothing dear is run again."""
+        return self._choice(least_bytes(self.graph, self.dear))
+
+    def within(self, budget: int) -> Choice:
+        """The choice of the fewest seconds within so many bytes."""
+        return [choice for choice in self.choices if choice.bytes <= budget][-1]
+
+    def _choice(self, cut: Cut) -> Choice:
+        return Choice(tuple(self.names[v] for v in sorted(cut.kept) if self.names[v]), cut.bytes, cut.seconds)
+
+
+_cache: OrderedDict[Any, Tradeoff] = OrderedDict()
+_CACHED = 64
+
+
+def tradeoff_of(closed: Any, rates: Any) -> Tradeoff:
+    """The trade of a block.
+
+    Arguments:
+        closed: its inlined jaxpr; equal ones are looked at once.
+        rates: see `jaxckpt.analysis.cost`.
+    """
+    key = re.sub(r" at 0x[0-9a-f]+", "", str(closed.jaxpr)), str(rates)
+    if key not in _cache:
+        _cache[key] = _tradeoff(closed, rates)
+        if len(_cache) > _CACHED:
+            _cache.popitem(last=False)
+    _cache.move_to_end(key)
+    return _cache[key]
+
+
+def _tradeoff(closed: Any, rates: Any) -> Tradeoff:
+    tagged = jx.as_function(jx.with_tags(closed))
+    forward = lambda *inputs: jax.tree.leaves(jx.vjp_of_inexact(tagged, inputs)[1])  # noqa: E731
+    traced = jx.inlined(jx.trace(forward, *closed.in_avals)).jaxpr
+    there = {*traced.invars, *traced.constvars}
+    value: dict[Any, int] = {}
+    sizes: list[int | None] = []
+    made_by, names, needs, base = [], [], [], []
+    for e, eqn in enumerate(traced.eqns):
+        needs.append(_values(eqn.invars, value))
+        tag = jx.tag_of(eqn)
+        is_ours = tag is not None and jx.is_value_name(tag)
+        for var in eqn.outvars:
+            value[var] = len(sizes)
+            # What a tag passes on is one value with it.
+            base.append(base[needs[e][0]] if tag is not None and needs[e] else len(sizes))
+            sizes.append(jx.nbytes(var.aval) if is_ours else None)
+            names.append(tag if is_ours else "")
+            made_by.append(e)
+    wanted = _values([var for var in traced.outvars if isinstance(var, core.Literal) or var not in there], value)
+    by_base = {base[v]: var for var, v in value.items() if v in set(wanted)}
+    return Tradeoff(
+        graph=Graph(sizes, made_by, [cost(eqn, rates).seconds for eqn in traced.eqns], needs, wanted),
+        names=tuple(names),
+        dear=tuple(map(is_dear, traced.eqns)),
+        forward_seconds=sum(cost(eqn, rates).seconds for eqn in closed.jaxpr.eqns),
+        wanted_bytes=sum(jx.nbytes(var.aval) for var in by_base.values()),
+    )
+
+
+def _values(vars: Any, value: dict[Any, int]) -> list[int]:
+    """The numbers of those that are computed in the block."""
+    return list(dict.fromkeys(value[var] for var in vars if not isinstance(var, core.Literal) and var in value))

@@ -1,0 +1,28 @@
+"""Policies that choose by themselves what a block keeps: `cheap` and `budget:`."""
+
+from typing import Any
+
+from jaxckpt.analysis import jaxpr as jx
+from jaxckpt.analysis.cost import REFERENCE
+from jaxckpt.analysis.tradeoff import Choice, Tradeoff, tradeoff_of
+from jaxckpt.policies.grammar import Term
+
+
+def choice_of(closed: Any, term: Term) -> tuple[Tradeoff, Choice]:
+    """What a block can keep, and what a term chooses of it; the same wherever and whenever it is asked.
+
+    Arguments:
+        closed: the block's inlined jaxpr.
+    """
+    trade = tradeoff_of(closed, REFERENCE)
+    if term.budget is None:
+        return trade, trade.cheap
+    budget = term.budget if isinstance(term.budget, int) else int(term.budget * trade.wanted_bytes)
+    return trade, trade.within(budget)
+
+
+def with_choice(closed: Any, term: Term) -> tuple[Any, tuple[Tradeoff, Choice]]:
+    """The block's jaxpr with what the term chooses tagged, and the choice."""
+    flat = jx.inlined(closed, checkpoints=True)
+    trade, choice = choice_of(flat, term)
+    return jx.with_tags(flat, frozenset(choice.names)), (trade, choice)
