@@ -8,12 +8,14 @@ from jaxckpt._scan import checkpoint_scan as checkpoint_scan
 from jaxckpt.memory import targets as targets
 from jaxckpt.memory.explain import explain as explain
 from jaxckpt.memory.measure import measure as measure
+from jaxckpt.planning.search import plan as plan
 
 __all__ = [
     "checkpoint_blocks",
     "checkpoint_scan",
     "explain",
     "measure",
+    "plan",
     "policies",
     "stack_params",
     "targets",

@@ -141,6 +141,6 @@ def _chosen(
 ) -> tuple[Callable[[list[Any]], list[Any]], JaxPolicy]:
     """A block with what the policy chooses of it tagged, and the `jax.checkpoint` policy that keeps it."""
     assert policy.chooses is not None
-    closed, (_, choice) = with_choice(jx.trace(fn, arrays), policy.chooses)
+    closed, chosen, _ = with_choice(jx.trace(fn, arrays), policy.chooses)
     run = jx.as_function(closed)
-    return lambda arrays: run(*arrays), policy.for_tags(tags, choice.names)
+    return lambda arrays: run(*arrays), policy.for_tags(tags, chosen)

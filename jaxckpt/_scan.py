@@ -1,5 +1,6 @@
 """`checkpoint_scan`: the knobs are checked here, and the block is sent to the front end of its kind."""
 
+import os
 import typing
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -9,6 +10,7 @@ import flax.linen as nn
 from flax import nnx
 
 from jaxckpt._function import function_stack
+from jaxckpt._plan import Plan, StackPlan
 from jaxckpt._setting import Setting, check_blocks_per_ckpt, make_setting
 from jaxckpt.flax.linen import linen_stack, linen_stack_instance
 from jaxckpt.flax.nnx import nnx_stack, nnx_stack_from_list
@@ -28,6 +30,7 @@ def checkpoint_scan(
     snapshots: int | None = None,
     offload_carry: bool = False,
     engine: str | None = None,
+    plan: "Plan | StackPlan | str | os.PathLike[str] | None" = None,
 ) -> Callable[..., Any]:
     """A stack of `length` equal blocks, run by one `lax.scan` and checkpointed as told.
 
@@ -60,6 +63,9 @@ def checkpoint_scan(
         engine: who runs the backward pass. "scan": `jax.checkpoint` and `lax.scan`; all transformations of JAX work.
             "reversal": one loop over chunks, in less memory for the same knobs; no forward mode, no second derivatives.
             Default: "scan", but where `snapshots` is given, or `offload_carry` on a JAX before 0.11.1.
+        plan: all of these knobs in one: what `jaxckpt.plan` found, or the file it was saved to ("plan.json:NAME" where it
+            has several stacks). "auto", or "auto:NAME" for one of several stacks, is for a step that is to be planned; it
+            stands for the default knobs until the step is run under a plan.
 
     Returns:
         The stack, or its constructor where `block` is a class.
@@ -80,7 +86,7 @@ def checkpoint_scan(
     (6, 8, 8)
     """
     setting = make_setting(
-        length, blocks_per_ckpt, policy, has_aux, per_block, unroll, stages, snapshots, offload_carry, engine
+        length, blocks_per_ckpt, policy, has_aux, per_block, unroll, stages, snapshots, offload_carry, engine, plan
     )
     if isinstance(block, (list, tuple, nnx.List)):
         return _from_list(list(block), setting)

@@ -1,16 +1,18 @@
 """The knobs of a stack as one frozen value, checked where they are given."""
 
 import operator
+import os
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
 from jaxckpt import policies
-from jaxckpt.policies.grammar import JaxPolicy, Policy
+from jaxckpt._plan import Knobs, Plan, StackPlan, pinned
+from jaxckpt.policies.grammar import JaxPolicy, Policy, Term
 
 ENGINES = ("scan", "reversal")
 FIXED_IN = (0, 11, 1)  # the JAX that offloads through `lax.scan` rightly, see `jaxckpt.engine.offload`
@@ -34,6 +36,7 @@ class Setting:
     snapshots: int | None
     offload_carry: bool
     engine: str
+    plan: StackPlan | str | None = None  # that the knobs are of; or, of a stack that is to be planned, its name
 
 
 def make_setting(
@@ -47,8 +50,12 @@ def make_setting(
     snapshots: int | None = None,
     offload_carry: bool = False,
     engine: str | None = None,
+    plan: "Plan | StackPlan | str | os.PathLike[str] | None" = None,
 ) -> Setting:
     """The checked knobs, with the default policy filled in: what each is allowed to be stands in its error."""
+    if plan is not None:
+        given = dict(blocks_per_ckpt=blocks_per_ckpt, policy=policy, snapshots=snapshots, stages=stages, engine=engine)
+        return _planned(plan, length, has_aux, per_block, unroll, {**given, "offload_carry": offload_carry or None})
     if length is not None and (not is_integer(length) or length < 1):
         raise ValueError(f"length, the number of blocks, must be an integer of at least 1; got {length!r}")
     if blocks_per_ckpt is not None:
@@ -94,6 +101,48 @@ def make_setting(
         offload_carry=bool(offload_carry),
         engine=_engine(engine, unroll, snapshots, bool(offload_carry)),
     )
+
+
+def _planned(
+    plan: "Plan | StackPlan | str | os.PathLike[str]",
+    length: int | None,
+    has_aux: bool,
+    per_block: Sequence[str],
+    unroll: int | bool,
+    others: dict[str, Any],
+) -> Setting:
+    """The knobs that a plan pins; for "auto", the default ones, until the stack is run under a plan."""
+    if found := [f"{name}={value!r}" for name, value in others.items() if value is not None]:
+        raise ValueError(f"plan={plan!r} sets all knobs, and {', '.join(found)} is given beside it: leave one of them away")
+    if unroll is True or unroll != 1:
+        raise ValueError(f"plan={plan!r} sets all knobs, and unroll={unroll!r} is given beside it: leave one of them away")
+    if not isinstance(plan, (str, os.PathLike, Plan, StackPlan)):
+        raise TypeError(f"plan must be 'auto', 'auto:NAME', a plan of jaxckpt.plan or its file; got {plan!r}")
+    setting = make_setting(length, None, None, has_aux, per_block, 1)
+    if isinstance(plan, str) and plan.partition(":")[0] == "auto":
+        return replace(setting, plan=plan.partition(":")[2])
+    stack = pinned(plan)
+    if length is not None and length != stack.length:
+        raise ValueError(f"the plan is for {stack.length} blocks of {stack.block}, and length is {length}: plan again")
+    return replace(with_knobs(setting, stack.knobs), plan=stack)
+
+
+def with_knobs(setting: Setting, knobs: Knobs) -> Setting:
+    """`setting` with the knobs of a plan."""
+    policy = knobs.policy if knobs.policy != "planned" else Policy((Term("planned", chooses=True, values=knobs.kept),))
+    found = make_setting(
+        setting.length,
+        knobs.blocks_per_ckpt,
+        policy,
+        setting.has_aux,
+        setting.per_block,
+        1,
+        knobs.stages,
+        knobs.snapshots,
+        knobs.offload_carry,
+        knobs.engine,
+    )
+    return replace(found, plan=setting.plan)
 
 
 def _stages(given: object) -> Stages:

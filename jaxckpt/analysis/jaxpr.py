@@ -5,6 +5,7 @@ things that have no public name are recognised by theirs: the primitive `io_call
 `call_hi_primitive` equation that stands for a tag or a checkpoint.
 """
 
+import hashlib
 import math
 import re
 from collections.abc import Callable, Container, Iterator, Sequence
@@ -592,9 +593,18 @@ def _callback_name(callback: Any) -> str:
     return getattr(fn, "__name__", repr(fn))
 
 
+def text(closed: Any) -> str:
+    """A jaxpr as text, equal for equal programs: without addresses in memory."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(closed.jaxpr))
+
+
+def digest(closed: Any) -> str:
+    """A hash of what a jaxpr computes, the values of constants aside; the same in another process."""
+    return hashlib.sha256(text(closed).encode()).hexdigest()[:16]
+
+
 def same_program(a: Any, b: Any) -> bool:
-    """Whether two closed jaxprs compute the same: equal text, but for addresses in memory, and equal constants."""
-    texts = [re.sub(r" at 0x[0-9a-f]+", "", str(closed)) for closed in (a, b)]
-    if texts[0] != texts[1] or len(a.consts) != len(b.consts):
+    """Whether two closed jaxprs compute the same: equal text, and equal constants."""
+    if text(a) != text(b) or len(a.consts) != len(b.consts):
         return False
     return all(x is y or np.array_equal(np.asarray(x), np.asarray(y)) for x, y in zip(a.consts, b.consts, strict=True))

@@ -7,7 +7,6 @@ values has no tag and cannot be kept.
 """
 
 import functools
-import re
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
@@ -84,7 +83,7 @@ def tradeoff_of(closed: Any, rates: Any) -> Tradeoff:
         closed: its inlined jaxpr; equal ones are looked at once.
         rates: see `jaxckpt.analysis.cost`.
     """
-    key = re.sub(r" at 0x[0-9a-f]+", "", str(closed.jaxpr)), str(rates)
+    key = jx.text(closed), str(rates)
     if key not in _cache:
         _cache[key] = _tradeoff(closed, rates)
         if len(_cache) > _CACHED:

@@ -21,8 +21,10 @@ def choice_of(closed: Any, term: Term) -> tuple[Tradeoff, Choice]:
     return trade, trade.within(budget)
 
 
-def with_choice(closed: Any, term: Term) -> tuple[Any, tuple[Tradeoff, Choice]]:
-    """The block's jaxpr with what the term chooses tagged, and the choice."""
+def with_choice(closed: Any, term: Term) -> tuple[Any, tuple[str, ...], tuple[Tradeoff, Choice] | None]:
+    """The block's jaxpr with what the term chooses tagged, the tags, and the choice, if it was not made before."""
     flat = jx.inlined(closed, checkpoints=True)
+    if term.values is not None:
+        return jx.with_tags(flat, frozenset(term.values)), term.values, None
     trade, choice = choice_of(flat, term)
-    return jx.with_tags(flat, frozenset(choice.names)), (trade, choice)
+    return jx.with_tags(flat, frozenset(choice.names)), choice.names, (trade, choice)

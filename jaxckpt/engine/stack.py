@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxckpt._leaves import is_array, replaced, stacked_length
-from jaxckpt._setting import Setting, check_blocks_per_ckpt, check_snapshots
+from jaxckpt._plan import StackPlan, active_knobs
+from jaxckpt._setting import Setting, check_blocks_per_ckpt, check_snapshots, with_knobs
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis.stages import Piece, cuts_at_tags, find_cuts, in_pieces, pieces_between
 from jaxckpt.analysis.tradeoff import Choice, Tradeoff
@@ -54,6 +55,8 @@ def run_stack(
     Raises:
         TypeError, ValueError: see `jaxckpt.engine.check`.
     """
+    if isinstance(setting.plan, str) and (knobs := active_knobs(setting.plan)) is not None:
+        setting = with_knobs(setting, knobs)
     if setting.blocks_per_ckpt is not None:
         check_blocks_per_ckpt(setting.blocks_per_ckpt, length)
     if setting.snapshots is not None:
@@ -65,6 +68,8 @@ def run_stack(
         traced = _trace(block, setting, xs, carry, shared, names)
     finally:
         observed.reset(token)
+    if isinstance(setting.plan, StackPlan):
+        setting.plan.check(block=names.block, **described(traced.closed, traced.carry, length))
     check.effects(traced.closed, setting, names)
     through_scan = setting.offload_carry and setting.engine == "scan"
     closed, keep, chosen = _resolve(setting, traced.closed, names)
@@ -97,6 +102,11 @@ def run_stack(
     stacked = own | {i - len(sources): y for i, y in zip(run.computed, ys, strict=True)}
     aux, extra = jax.tree.unflatten(traced.rest_tree, [stacked[i] for i in range(len(rest_sources))])
     return Stacked(jax.tree.unflatten(traced.carry_tree, last), aux, extra)
+
+
+def described(closed: Any, carry: Sequence[Any], length: int) -> dict[str, Any]:
+    """What a plan remembers of a stack beside the block's name."""
+    return {"length": length, "carry": check.shape_of(tuple(carry)), "program": jx.digest(closed)}
 
 
 @dataclass(frozen=True)
@@ -244,10 +254,11 @@ def _resolve(setting: Setting, closed: Any, names: check.Names) -> tuple[Any, Ja
     """The block's jaxpr, with what the policy chooses tagged if it does, the `jax.checkpoint` policy, and the choice."""
     policy = setting.policy
     tags = jx.tags(closed) if policy.reads_tags else ()
+    found: tuple[str, ...] = ()
     chosen = None
     if policy.chooses is not None:
-        closed, chosen = with_choice(closed, policy.chooses)
+        closed, found, chosen = with_choice(closed, policy.chooses)
     try:
-        return closed, policy.for_tags(tags, chosen[1].names if chosen else ()), chosen
+        return closed, policy.for_tags(tags, found), chosen
     except ValueError as error:
         raise ValueError(f"{names.block}: {error}") from None

@@ -319,6 +319,18 @@ def _without(wanted: list[_Residual], kept: list[_Residual]) -> list[_Residual]:
     return missing
 
 
+def runs_of(call: Callable[[list[Any]], Any], arrays: list[Any]) -> list[Run]:
+    """The runs of stacks when `call(arrays)` is traced, those inside of blocks left out."""
+    seen: list[Run] = []
+    token = observed.set(seen)
+    try:
+        with _untraced(object()):  # or what is jitted inside, and was traced before, would not run the stack again
+            jax.eval_shape(call, arrays)
+    finally:
+        observed.reset(token)
+    return seen
+
+
 def _the_run(stack: Any, args: tuple, keywords: dict[str, Any]) -> Run:
     """The one run of a stack when `stack` is called, found by tracing it."""
     if isinstance(stack, nnx.Module):
@@ -339,13 +351,7 @@ def _the_run(stack: Any, args: tuple, keywords: dict[str, Any]) -> Run:
         args, keywords = with_arrays(arrays)
         fn(*args, **keywords)
 
-    seen: list[Run] = []
-    token = observed.set(seen)
-    try:
-        with _untraced(object()):  # or what is jitted inside, and was traced before, would not run the stack again
-            jax.eval_shape(call, arrays)
-    finally:
-        observed.reset(token)
+    seen = runs_of(call, arrays)
     if not seen:
         name = getattr(stack, "__name__", type(stack).__name__)
         raise TypeError(f"{name} ran no stack that checkpoint_scan made, so there is nothing to explain")

@@ -31,7 +31,8 @@ class Term:
     `verb` says what happens to the tags that the globs match: `"save"`, `"except"` (all the others are saved) or
     `"offload"` (moved to pinned host memory). With `any_of`, the globs are alternatives of which one match is enough,
     as in a recipe written for several models; otherwise each of them must match. A term that `chooses` has the values
-    found for the block at hand: within `budget`, a fraction (a float) or bytes (an int), or without one as `cheap` says.
+    found for the block at hand: within `budget`, a fraction (a float) or bytes (an int), or without one as `cheap` says; or
+    they are `values`, which a plan has found before.
     """
 
     text: str
@@ -41,6 +42,7 @@ class Term:
     any_of: bool = False
     chooses: bool = False
     budget: float | int | None = None
+    values: tuple[str, ...] | None = None
 
 
 VERBS = {

@@ -1,0 +1,228 @@
+"""A plan: the settings of a step's stacks, found by `jaxckpt.plan`, printed, saved, and pinned by `checkpoint_scan(plan=...)`."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxckpt._sizes import size_text
+from jaxckpt._table import aligned
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """Arguments of `checkpoint_scan`; `kept` are the values that each block keeps, if `policy` is "planned"."""
+
+    blocks_per_ckpt: int | None = None
+    policy: str = "nothing"
+    kept: tuple[str, ...] = ()
+    snapshots: int | None = None
+    stages: str | None = None
+    offload_carry: bool = False
+    engine: str = "scan"
+
+    def __str__(self) -> str:
+        shown = {"blocks_per_ckpt": self.blocks_per_ckpt, "snapshots": self.snapshots, "stages": self.stages}
+        parts = [f"{name}={value}" for name, value in shown.items() if value is not None]
+        kept = f"keeps {len(self.kept)} values" if self.policy == "planned" else self.policy
+        return ", ".join([kept, *parts, *["offload_carry"] * self.offload_carry, self.engine])
+
+
+@dataclass(frozen=True)
+class StackPlan:
+    """The knobs of one stack, and what they were found for.
+
+    Fields:
+        block, length: the block's name and how many there are. carry: the types of its positional arguments.
+        program: a hash of what one block computes.
+    """
+
+    block: str
+    length: int
+    carry: str
+    program: str
+    jax_version: str
+    knobs: Knobs
+
+    def check(self, **found: Any) -> None:
+        """Refuses a stack that is not the one that was planned.
+
+        Raises:
+            ValueError: naming what differs, of `block`, `length`, `carry` and `program`.
+        """
+        other = [
+            f"its {name} is {value}, and the plan is for {getattr(self, name)}"
+            for name, value in found.items()
+            if name != "program" and value != getattr(self, name)
+        ]
+        if not other and found["program"] != self.program:
+            other = ["the block computes something else, though its name and types are the same"]
+        if other:
+            raise ValueError(f"{found['block']}: the plan is for another stack: {'; '.join(other)}. Run jaxckpt.plan again")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A setting that was looked at.
+
+    Fields:
+        setting: of each stack. predicted_bytes: what the model says of the step's peak, as it was calibrated at that time.
+        peak_bytes: what the compiler says; None where it was not asked.
+        seconds: the time model's, of the stacks. measured_seconds: of the step, where it was run.
+    """
+
+    setting: str
+    predicted_bytes: int
+    seconds: float
+    forward_runs: float
+    peak_bytes: int | None = None
+    measured_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `jaxckpt.plan` found.
+
+    Fields:
+        stacks: by name, "" for `plan="auto"`. target, jax_version: that it was compiled for, and with.
+        budget_bytes: None for `objective="memory"` without one.
+        chosen: the candidate that was taken, and candidates: all that were compiled, the fastest first.
+        least_bytes, most_bytes: the predicted peaks of the setting of the least memory and of no checkpointing at all.
+    """
+
+    stacks: Mapping[str, StackPlan]
+    target: str
+    objective: str
+    budget_bytes: int | None
+    chosen: Candidate
+    candidates: tuple[Candidate, ...]
+    least_bytes: int
+    most_bytes: int
+    jax_version: str = jax.__version__
+
+    @property
+    def peak_bytes(self) -> int:
+        """The compiled peak of the step under the plan."""
+        assert self.chosen.peak_bytes is not None
+        return self.chosen.peak_bytes
+
+    def __getitem__(self, name: str) -> StackPlan:
+        """The plan of the stack that was built with `plan="auto:NAME"`."""
+        if name not in self.stacks:
+            raise KeyError(f"the plan has no stack {name!r}; it has {', '.join(map(repr, self.stacks))}")
+        return self.stacks[name]
+
+    def __str__(self) -> str:
+        budget = "" if self.budget_bytes is None else f" of {size_text(self.budget_bytes)}"
+        lines = [f"{size_text(self.peak_bytes)}{budget} on {self.target}, JAX {self.jax_version}"]
+        lines += [f"  {name or stack.block} ({stack.length} blocks): {stack.knobs}" for name, stack in self.stacks.items()]
+        rows = [("", "setting", "predicted", "compiled", "forward runs", "model s", "measured s")]
+        for c in self.candidates:
+            compiled = "" if c.peak_bytes is None else size_text(c.peak_bytes)
+            measured = "" if c.measured_seconds is None else f"{c.measured_seconds:.4g}"
+            mark = "*" if c == self.chosen else ""
+            runs, seconds = f"{c.forward_runs:.2f}", f"{c.seconds:.4g}"
+            rows.append((mark, c.setting, size_text(c.predicted_bytes), compiled, runs, seconds, measured))
+        return "\n".join([*lines, *aligned(rows, right=range(2, 7))])
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, as JSON has them."""
+        return {"format": _FORMAT, **dataclasses.asdict(self)}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the plan as JSON, for `checkpoint_scan(..., plan=path)`."""
+        Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n")
+
+    def around(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """`step` under the plan: what `plan="auto"` stacks in it are run with."""
+
+        @functools.wraps(step)
+        def planned(*args: Any, **keywords: Any) -> Any:
+            with under({name: stack.knobs for name, stack in self.stacks.items()}):
+                return step(*args, **keywords)
+
+        return planned
+
+
+def load(path: str | os.PathLike[str]) -> Plan:
+    """The plan that `Plan.save` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no plan, or one of another version of this format.
+    """
+    try:
+        found = json.loads(Path(path).read_text())
+        if found.pop("format") != _FORMAT:
+            raise ValueError("it is of another version of jaxckpt")
+        stacks = {name: _stack(fields) for name, fields in found.pop("stacks").items()}
+        candidates = tuple(Candidate(**fields) for fields in found.pop("candidates"))
+        return Plan(stacks=stacks, candidates=candidates, chosen=Candidate(**found.pop("chosen")), **found)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{os.fspath(path)} is no plan that jaxckpt.plan saved: {error!r}. Run jaxckpt.plan again"
+        ) from None
+
+
+def _stack(fields: dict[str, Any]) -> StackPlan:
+    knobs = fields.pop("knobs")
+    return StackPlan(knobs=Knobs(**{**knobs, "kept": tuple(knobs["kept"])}), **fields)
+
+
+def pinned(plan: "Plan | StackPlan | str | os.PathLike[str]") -> StackPlan:
+    """The one stack of a plan, a `Plan`, a file, or a file and the stack's name, "plan.json:NAME".
+
+    Raises:
+        ValueError: the plan has several stacks and none is named, or it was made with another version of JAX.
+        FileNotFoundError: there is no such file.
+    """
+    if isinstance(plan, StackPlan):
+        stack = plan
+    else:
+        name, where = None, "the plan"
+        if not isinstance(plan, Plan):
+            where = os.fspath(plan)
+            path, colon, named = where.rpartition(":")
+            name = named if colon and not Path(where).exists() else None
+            plan = load(where if name is None else path)
+        if name is None and len(plan.stacks) > 1:
+            listed = ", ".join(map(repr, plan.stacks))
+            raise ValueError(f"{where} has several stacks, {listed}: write plan='FILE:NAME', or plan=found['NAME']")
+        stack = next(iter(plan.stacks.values())) if name is None else plan[name]
+    if stack.jax_version != jax.__version__:
+        raise ValueError(
+            f"the plan was made with JAX {stack.jax_version}, and this is JAX {jax.__version__}, whose compiler needs other "
+            "memory. Run jaxckpt.plan again"
+        )
+    return stack
+
+
+_active: ContextVar[Mapping[str, Knobs] | None] = ContextVar("active", default=None)
+_traced_under = jax.make_user_context(None)  # what is jitted inside is traced anew under other knobs
+
+
+@contextlib.contextmanager
+def under(knobs: Mapping[str, Knobs]) -> Iterator[None]:
+    """Runs stacks that were built with `plan="auto:NAME"` with the knobs of that name."""
+    token = _active.set(knobs)
+    try:
+        with _traced_under(tuple(sorted(knobs.items(), key=lambda item: item[0]))):
+            yield
+    finally:
+        _active.reset(token)
+
+
+def active_knobs(name: str) -> Knobs | None:
+    """What `under` says of a stack."""
+    knobs = _active.get()
+    return None if knobs is None else knobs.get(name)

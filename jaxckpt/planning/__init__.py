@@ -1,0 +1,1 @@
+"""The fastest setting of a training step's stacks that fits into a budget of memory."""
