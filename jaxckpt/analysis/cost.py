@@ -70,6 +70,12 @@ REFERENCE = Rates(
     matmul_rate={"bfloat16": 9.89e14, "float16": 9.89e14, "float32": 4.94e14, "float64": 6.69e13},
     vector_rate={"float32": 6.69e13, "float64": 3.35e13},
 )
+# Of a few CPU cores: a guess, for a machine that was not calibrated (`jaxckpt.memory.calibrate`).
+CPU = Rates(
+    memory_bandwidth=1e10,
+    matmul_rate={"bfloat16": 2e10, "float16": 2e10, "float32": 1e11, "float64": 5e10},
+    vector_rate={"float32": 2e10, "float64": 1e10},
+)
 
 
 class Cost(NamedTuple):

@@ -27,11 +27,14 @@ class Choice:
         names: their tags, in the order in which the block computes them.
         bytes: of one block, beside its inputs.
         rerun_seconds: what one block's backward pass computes again, by the time model.
+        largest_bytes: what autodiff wants of the largest part that is computed again in one go: kept values part what is
+            run again into pieces that need not be alive at once.
     """
 
     names: tuple[str, ...]
     bytes: int
     rerun_seconds: float
+    largest_bytes: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,14 +43,18 @@ class Tradeoff:
 
     Fields:
         forward_seconds: of one run.
-        wanted_bytes: all that autodiff keeps where nothing is run again.
     """
 
     graph: Graph
     names: tuple[str, ...]  # of each value; "" where it has no tag
     dear: tuple[bool, ...]  # of each equation
+    wanted: dict[int, int]  # the values that are wanted, each once whatever its tags, with their bytes
     forward_seconds: float
-    wanted_bytes: int
+
+    @property
+    def wanted_bytes(self) -> int:
+        """All that autodiff keeps where nothing is run again."""
+        return sum(self.wanted.values())
 
     @functools.cached_property
     def corners(self) -> tuple[Choice, ...]:
@@ -69,7 +76,28 @@ class Tradeoff:
         return [choice for choice in self.choices if choice.bytes <= budget][-1]
 
     def _choice(self, cut: Cut) -> Choice:
-        return Choice(tuple(self.names[v] for v in sorted(cut.kept) if self.names[v]), cut.bytes, cut.seconds)
+        names = tuple(self.names[v] for v in sorted(cut.kept) if self.names[v])
+        return Choice(names, cut.bytes, cut.seconds, self._largest(cut))
+
+    def _largest(self, cut: Cut) -> int:
+        """The bytes wanted of the largest part of what is run again that hangs together by values that are not kept."""
+        part = {e: e for e in cut.again}
+
+        def root(e: int) -> int:
+            while part[e] != e:
+                part[e] = part[part[e]]
+                e = part[e]
+            return e
+
+        for e in cut.again:
+            for v in self.graph.needs[e]:
+                if v not in cut.kept and (maker := self.graph.made_by[v]) in part:
+                    part[root(maker)] = root(e)
+        sizes: dict[int, int] = {}
+        for v, size in self.wanted.items():
+            if (maker := self.graph.made_by[v]) in part:
+                sizes[root(maker)] = sizes.get(root(maker), 0) + size
+        return max(sizes.values(), default=0)
 
 
 _cache: OrderedDict[Any, Tradeoff] = OrderedDict()
@@ -118,7 +146,7 @@ def _tradeoff(closed: Any, rates: Any) -> Tradeoff:
         names=tuple(names),
         dear=tuple(map(is_dear, traced.eqns)),
         forward_seconds=sum(cost(eqn, rates).seconds for eqn in closed.jaxpr.eqns),
-        wanted_bytes=sum(jx.nbytes(var.aval) for var in by_base.values()),
+        wanted={value[var]: jx.nbytes(var.aval) for var in by_base.values()},
     )
 
 

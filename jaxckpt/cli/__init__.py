@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 import jaxckpt
-from jaxckpt.cli import demo, explain, parity, policies, report
+from jaxckpt.cli import demo, explain, parity, plan, policies, report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="jaxckpt", description=jaxckpt.__doc__)
     parser.add_argument("--version", action="version", version=f"jaxckpt {jaxckpt.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (demo, explain, report, parity, policies):
+    for command in (demo, explain, report, plan, parity, policies):
         command.add_parser(commands)
     options = parser.parse_args(argv)
     try:

@@ -44,17 +44,19 @@ MODELS: dict[str, Callable[[int], tuple[Any, list[tuple[int, ...]]]]] = {
 }
 
 
-def add_stack_options(parser: argparse.ArgumentParser) -> None:
-    """`--model` with its `--blocks` and `--tokens`, or `--stack`."""
+def add_stack_options(parser: argparse.ArgumentParser, stack: bool = True) -> None:
+    """`--model` with its `--blocks` and `--tokens`, or, unless that is not wanted, `--stack`."""
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--model", choices=MODELS, default="transformer", help="one of jaxckpt's own (default: %(default)s)")
-    which.add_argument(
-        "--stack",
-        metavar="MODULE:MAKE",
-        help="a function of yours: MAKE(blocks_per_ckpt=..., policy=...) returns the stack, a tuple of what it is called "
-        "with (of a Linen stack the variables first), and, if it takes any, a dict of keyword arguments; "
-        "jax.ShapeDtypeStructs do for arrays",
-    )
+    parser.set_defaults(stack=None)
+    if stack:
+        which.add_argument(
+            "--stack",
+            metavar="MODULE:MAKE",
+            help="a function of yours: MAKE(blocks_per_ckpt=..., policy=...) returns the stack, a tuple of what it is "
+            "called with (of a Linen stack the variables first), and, if it takes any, a dict of keyword arguments; "
+            "jax.ShapeDtypeStructs do for arrays",
+        )
     parser.add_argument("--blocks", type=_positive, default=48, help="of --model (default: %(default)s)")
     parser.add_argument("--tokens", type=_positive, default=384, help="of --model (default: %(default)s)")
 
@@ -80,15 +82,25 @@ def chunk_near_sqrt(length: int) -> int:
     return min(divisors, key=lambda k: (max(k, length // k), k), default=math.isqrt(length))
 
 
-def _of_user(where: str, knobs: dict[str, Any]) -> Call:
+def imported(where: str, option: str) -> Callable[..., Any]:
+    """The function that `package.module:function` names.
+
+    Raises:
+        ValueError, TypeError: it cannot be imported, or is no function.
+    """
     module, _, name = where.partition(":")
     sys.path.insert(0, "")  # as 'python -m' has it; the command 'jaxckpt' does not
     try:
         make = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"--stack takes package.module:function, and {where!r} could not be imported: {error}") from error
+        raise ValueError(f"{option} takes package.module:function, and {where!r} could not be imported: {error}") from error
     if not callable(make):
-        raise TypeError(f"--stack takes package.module:function, and {where!r} is {make!r:.200}, which is no function")
+        raise TypeError(f"{option} takes package.module:function, and {where!r} is {make!r:.200}, which is no function")
+    return make
+
+
+def _of_user(where: str, knobs: dict[str, Any]) -> Call:
+    make = imported(where, "--stack")
     made = make(**knobs)
     kinds = (object, tuple, dict)
     if not isinstance(made, tuple) or len(made) not in (2, 3) or not all(map(isinstance, made, kinds)):

@@ -5,6 +5,7 @@ and sees the same batches, so losses and gradients must agree; only memory and t
 """
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -23,6 +24,7 @@ import optax
 from tqdm import tqdm
 
 import jaxckpt
+from jaxckpt import plan
 from jaxckpt._table import aligned
 from jaxckpt.models import TransformerLM
 
@@ -34,6 +36,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dots": {"policy": "dots"},
 }
 AGREE = 1e-4  # how far the losses of two settings may be apart, in nats per byte
+PRECISION = "float32"  # in full on every device: TF32 would round more than the settings may differ
 MIB = 2**20
 
 
@@ -75,6 +78,7 @@ def add_parser(commands: Any) -> None:
         default=12,
         help="blocks of the transformer (12)",
     )
+    parser.add_argument("--budget", help="also plan for a peak of so much memory, such as 120MiB, and train under the plan")
     parser.add_argument("--json", action="store_true", help="print the results as JSON instead of a table")
     parser.set_defaults(run=run)
 
@@ -91,7 +95,11 @@ def run(options: argparse.Namespace, size: Size | None = None) -> int:
     except FileNotFoundError as error:
         print(f"jaxckpt demo: {error}", file=sys.stderr)
         return 1
-    results = train_all(draw_batches(text, options.steps, size), options.blocks, size)
+    try:
+        results = train_all(draw_batches(text, options.steps, size), options.blocks, size, options.budget)
+    except ValueError as error:  # a budget that is none, or too small
+        print(f"jaxckpt demo: {error}", file=sys.stderr)
+        return 2
     problems = find_problems(results)
     about = about_run(options, size, len(text))
     if options.json:
@@ -121,22 +129,30 @@ def draw_batches(text: np.ndarray, steps: int, size: Size) -> np.ndarray:
     return text[starts + np.arange(size.length + 1)].astype(np.int32)
 
 
-def train_all(batches: np.ndarray, blocks: int, size: Size) -> list[Result]:
-    """Every setting on the same batches from the same start.
+def train_all(batches: np.ndarray, blocks: int, size: Size, budget: str | None = None) -> list[Result]:
+    """Every setting on the same batches from the same start; with a budget, the one that is planned for it too.
 
     The settings take turns, step by step, so that whatever else the machine does meanwhile slows all of them alike.
     """
     optimizer = optax.adamw(1e-3)
     width = {"d_model": size.d_model, "num_heads": size.num_heads, "d_ff": size.d_ff}
-    models = [TransformerLM(num_blocks=blocks, **width, **knobs) for knobs in SETTINGS.values()]
-    # The parameters do not depend on the setting: any of the models can make them for all.
-    params = jax.jit(models[0].init)(jax.random.key(0), batches[0, :1, :-1])["params"]
+    settings = dict(SETTINGS)
+    # The parameters do not depend on the setting: any model can make them for all.
+    make = functools.partial(TransformerLM, num_blocks=blocks, **width)
+    params = jax.jit(make().init)(jax.random.key(0), batches[0, :1, :-1])["params"]
+    if budget is not None:
+        state = State(params, optimizer.init(params))
+        with jax.default_matmul_precision(PRECISION):
+            found = plan(make_step(make(plan="auto"), optimizer), state, batches[0], budget=budget)
+        print(found, file=sys.stderr)
+        settings[f"plan for {budget}"] = {"plan": found[""]}
+    models = [make(**knobs) for knobs in settings.values()]
     states = [State(jax.tree.map(jnp.copy, params), optimizer.init(params)) for _ in models]
 
     programs, gradients = [], []
     losses, seconds = np.zeros((2, len(models), len(batches)))
     with tqdm(total=losses.size, unit="step", file=sys.stderr, disable=None) as bar:
-        for name, model in zip(SETTINGS, models, strict=True):
+        for name, model in zip(settings, models, strict=True):
             say(bar, f"compiling {name}")
             programs.append(compile_step(model, optimizer, states[0], batches[0]))
         for j, batch in enumerate(batches):
@@ -151,18 +167,18 @@ def train_all(batches: np.ndarray, blocks: int, size: Size) -> list[Result]:
         Result(
             setting=name,
             blocks_per_ckpt=knobs.get("blocks_per_ckpt"),
-            policy=knobs["policy"],
+            policy=knobs.get("policy", "planned"),
             **memory_of(programs[i]),
             seconds_per_step=float(np.median(seconds[i, 1:])),
             losses=losses[i].tolist(),
             gradient_difference=relative_difference(gradients[i], gradients[0]),
         )
-        for i, (name, knobs) in enumerate(SETTINGS.items())
+        for i, (name, knobs) in enumerate(settings.items())
     ]
 
 
-def compile_step(model: TransformerLM, optimizer: optax.GradientTransformation, state: State, tokens: np.ndarray) -> Any:
-    """One training step `(state, tokens) -> (state, loss)`, compiled; the old state's memory is given to the new one."""
+def make_step(model: TransformerLM, optimizer: optax.GradientTransformation) -> Any:
+    """One training step `(state, tokens) -> (state, loss)`; the old state's memory is given to the new one."""
 
     def loss_of(params, tokens):
         logits: Any = model.apply({"params": params}, tokens[:, :-1])
@@ -173,9 +189,13 @@ def compile_step(model: TransformerLM, optimizer: optax.GradientTransformation, 
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
         return State(optax.apply_updates(state.params, updates), optimizer_state), loss
 
-    # In full float32 on every device: TF32 would round more than the settings may differ.
-    with jax.default_matmul_precision("float32"):
-        return jax.jit(step, donate_argnums=0).lower(state, tokens).compile()
+    return jax.jit(step, donate_argnums=0)
+
+
+def compile_step(model: TransformerLM, optimizer: optax.GradientTransformation, state: State, tokens: np.ndarray) -> Any:
+    """The training step, compiled."""
+    with jax.default_matmul_precision(PRECISION):
+        return make_step(model, optimizer).lower(state, tokens).compile()
 
 
 def memory_of(program: Any) -> dict[str, int]:

@@ -38,14 +38,18 @@ def check_plot(path: Path) -> None:
 
 
 def draw_memory_against_runs(
-    path: Path, title: str, points: Mapping[str, Sequence[Point]], memory: Mapping[str, int]
+    path: Path,
+    title: str,
+    points: Mapping[str, Sequence[Point]],
+    memory: Mapping[str, int],
+    what: str = "all its memory",
 ) -> None:
     """Draws peak memory against forward runs, a colour for each target, with its Pareto front and its memory.
 
     Arguments:
         path: an `.svg`, `.png` or `.pdf` file.
         points: by the target's name, the settings measured there.
-        memory: by the target's name, the bytes of the device, 0 where unknown.
+        memory: by the target's name, the bytes at which a line is drawn, 0 for none. what: they are.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
@@ -66,7 +70,7 @@ def draw_memory_against_runs(
                 zorder=3,
             )
         if whole := memory[name]:
-            axes.axhline(whole / GIB, color=colour, linestyle=":", label=f"{name}: all its memory, {whole / GIB:.0f} GiB")
+            axes.axhline(whole / GIB, color=colour, linestyle=":", label=f"{name}: {what}, {whole / GIB:.3g} GiB")
         for k, p in enumerate(sorted(settings) if i == 0 else []):  # neighbours' names above and below in turn
             place = (5, -11 if k % 2 else 4)
             axes.annotate(p.label, (p.forward_runs, p.peak_bytes / GIB), place, textcoords="offset points", fontsize=8)

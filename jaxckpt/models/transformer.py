@@ -6,6 +6,8 @@ attention, SwiGLU MLP, no biases. `transformer_nnx.py` has the same block in Fla
 Shape legend: `T` positions, `D` = `d_model` channels.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -119,7 +121,8 @@ class TransformerLM(nn.Module):
     >>> logits.shape, logits.dtype, sorted(variables["params"])
     ((2, 64, 256), dtype('float32'), ['blocks', 'embed', 'logits', 'norm'])
 
-    The residual stream is in `dtype`, or in `param_dtype` when that is None.
+    The residual stream is in `dtype`, or in `param_dtype` when that is None. `plan` is that of `checkpoint_scan`, and takes
+    the place of `blocks_per_ckpt` and `policy`.
     """
 
     num_blocks: int
@@ -131,6 +134,7 @@ class TransformerLM(nn.Module):
     param_dtype: DTypeLike = jnp.float32
     blocks_per_ckpt: int | None = None
     policy: str = "nothing"
+    plan: Any = None
 
     @nn.compact
     def __call__(
@@ -149,12 +153,8 @@ class TransformerLM(nn.Module):
         """
         dtypes = dtypes_of(self)
         x = nn.Embed(VOCABULARY, self.d_model, name="embed", **dtypes)(tokens)
-        stack = checkpoint_scan(
-            TransformerBlock,
-            self.num_blocks,
-            blocks_per_ckpt=self.blocks_per_ckpt,
-            policy=self.policy,
-        )
+        knobs: Any = {"blocks_per_ckpt": self.blocks_per_ckpt, "policy": self.policy}
+        stack = checkpoint_scan(TransformerBlock, self.num_blocks, **({"plan": self.plan} if self.plan else knobs))
         x = stack(
             d_model=self.d_model,
             num_heads=self.num_heads,

@@ -2,12 +2,12 @@
 
 `N` blocks, `K` per chunk, `s` snapshots; of each block a choice of values is kept (`jaxckpt.analysis.tradeoff`), and of `r`
 of its blocks at once: `r = N` without chunks, else `K`. Stored are `r` times what is kept and the inputs of all blocks or
-chunks, or `s` of them. What one block needs while it is differentiated, and the rest of the step, is the same for many settings
-and is left to `jaxckpt.planning.search`, which learns it from the compiler.
+chunks, or `s` of them. What XLA makes of what one block wants while it is differentiated, and the rest of the step, is left
+to `jaxckpt.planning.search`, which learns it from the compiler.
 
 Seconds are those of the time model (`jaxckpt.analysis.cost`): three times a forward pass for running and differentiating
-each block, what is run again, one transfer of what is kept beyond those that the passes do anyway, and what goes to the host
-and comes back.
+each block, what is run again, what is kept written and read once more (a quarter of it, as of all that XLA fuses), and what
+goes to the host and comes back.
 """
 
 import itertools
@@ -19,6 +19,7 @@ import jax
 
 from jaxckpt._plan import Knobs
 from jaxckpt.analysis import jaxpr as jx
+from jaxckpt.analysis.cost import FUSED
 from jaxckpt.analysis.stages import find_cuts, pieces_between
 from jaxckpt.analysis.tradeoff import Choice, Tradeoff, tradeoff_of
 from jaxckpt.engine.schedule import least_advances
@@ -92,11 +93,11 @@ class Stack:
         return self._option(Knobs(policy="everything"), self._kept_all())
 
     def _kept_all(self) -> Choice:
-        return Choice((), self.trade.wanted_bytes, 0.0)
+        return Choice((), self.trade.wanted_bytes, 0.0, 0)
 
     def _all(self, may_offload: bool) -> Iterator[Option]:
         length, choices = self.run.length, self.trade.choices
-        nothing = Choice((), 0, choices[0].rerun_seconds)
+        nothing = Choice((), 0, choices[0].rerun_seconds, self.trade.wanted_bytes)
         yield self.everything()
         all_stages = (None, "auto") if self.pieces_bytes else (None,)
         chunks = sorted({k for k in range(2, length) if length % k == 0 or k in (2, 3, 4, 6, 8, 12)})
@@ -118,7 +119,6 @@ class Stack:
     def _option(self, knobs: Knobs, choice: Choice) -> Option:
         length, carry, forward = self.run.length, self.carry_bytes, self.trade.forward_seconds
         per_chunk = knobs.blocks_per_ckpt
-        in_slots = per_chunk or (1 if knobs.snapshots else length)
         chunks = -(-length // (per_chunk or 1))
         on_host = 0
         if per_chunk is None and knobs.snapshots is None and not knobs.offload_carry:
@@ -136,12 +136,12 @@ class Stack:
         again = max(0.0, choice.rerun_seconds - (0.0 if choice.bytes >= self.trade.wanted_bytes else self._floor))
         again *= 2 if knobs.stages and knobs.policy != "everything" else 1
         runs = advances / length + again / (forward or 1.0)
-        moved = choice.bytes * length / self.rates.memory_bandwidth
+        moved = 2 * FUSED * choice.bytes * length / self.rates.memory_bandwidth
         moved += 2 * on_host / getattr(self.rates, "host_bandwidth", float("inf"))
         seconds = length * forward * (runs + _OF_BACKWARD) + moved
-        block_bytes = self.pieces_bytes if knobs.stages and self.pieces_bytes else self.trade.wanted_bytes
-        # What is kept of one block, the block that is differentiated does not need besides.
-        block_bytes = max(0, block_bytes - (choice.bytes if in_slots == length else 0))
+        block_bytes = choice.largest_bytes
+        if knobs.stages and self.pieces_bytes:
+            block_bytes = min(block_bytes, self.pieces_bytes)
         return Option(knobs, stored, block_bytes, seconds, runs)
 
     @property

@@ -1,9 +1,9 @@
 """`plan`: the fastest setting of a step's stacks whose compiled peak fits into a budget.
 
 The model (`jaxckpt.planning.model`) ranks all settings by time and knows what they store. What they need beside that is
-learned: the fastest setting that should fit is compiled, the difference corrects the model for its likes, and so on, until the
-fastest that should fit is one that was compiled and does. What was compiled for a step once is known to later plans for it,
-so that in one process more memory never gives a slower plan.
+learned: the fastest setting that should fit is compiled, the difference corrects the model for its likes, and so on, until
+the fastest that should fit is one that was compiled and does. What was compiled for a step once is known to later plans for
+it, so that in one process more memory never gives a slower plan.
 """
 
 import itertools
@@ -22,9 +22,10 @@ from jaxckpt._leaves import split_arrays
 from jaxckpt._plan import Candidate, Plan, StackPlan, under
 from jaxckpt._sizes import size_of, size_text
 from jaxckpt.analysis import jaxpr as jx
-from jaxckpt.analysis.cost import REFERENCE
 from jaxckpt.engine.stack import Run, described
 from jaxckpt.memory import targets
+from jaxckpt.memory.calibrate import calibrate as calibrated
+from jaxckpt.memory.calibrate import rates_of
 from jaxckpt.memory.explain import runs_of
 from jaxckpt.memory.measure import Measurement, measure
 from jaxckpt.planning.model import Option, Stack
@@ -101,6 +102,7 @@ def plan(
     target: "str | os.PathLike[str] | targets.Target | None" = None,
     objective: str = "time",
     time: bool = False,
+    calibrate: bool = False,
     progress: bool = True,
 ) -> Plan:
     """The fastest setting of the stacks in `step` whose compiled peak is within `budget`.
@@ -113,6 +115,8 @@ def plan(
         target: see `jaxckpt.targets.get`; by default JAX's default device.
         objective: "time", or "memory" for the setting of the least peak, whatever it costs.
         time: also runs the fastest few that fit, on a device that is present, and takes the one that is.
+        calibrate: measures a present device's rates for the time model, once; they are kept in the user's cache folder and
+            taken by later plans. Otherwise: published rates of GPUs, a guess for CPUs.
         progress: whether a bar on stderr shows what is being compiled.
 
     Returns:
@@ -139,7 +143,7 @@ def plan(
         raise ValueError(f"time=True runs the step, and {where.name!r} is only described; take target='attached'")
     _ = where.devices  # a missing plugin is said before anything is traced
     runs = _stacks(step, args)
-    rates = where.gpu or REFERENCE
+    rates = calibrated(where) if calibrate else rates_of(where)
     stacks = {name: Stack(run, rates) for name, run in runs.items()}
     combinations = _combinations([stack.options(may_offload=where.gpu is not None) for stack in stacks.values()])
     signature = tuple((name, run.length, jx.digest(run.closed)) for name, run in runs.items())
@@ -226,6 +230,11 @@ def plan(
     )
 
 
+def forget() -> None:
+    """Forgets what was compiled for plans before."""
+    _known.clear()
+
+
 def _limit(budget: str | int | None, objective: str, where: targets.Target) -> float:
     if budget is None:
         if where.memory_bytes is None and objective == "time":
@@ -285,14 +294,11 @@ def _text(c: Combination) -> str:
 
 def _too_little(limit: float, found: Measurement, best: Combination, stacks: dict[str, Stack], args: Any) -> str:
     """Names the least that is possible, and what is large."""
-    sizes = {
-        f"{name or stack.run.names.block}: stored by the stack": o.stored_bytes
-        for (name, stack), o in zip(stacks.items(), best.options, strict=True)
-    }
-    sizes |= {
-        f"{name or stack.run.names.block}: one block's own values": o.block_bytes
-        for (name, stack), o in zip(stacks.items(), best.options, strict=True)
-    }
+    sizes: dict[str, int] = {}
+    for (name, stack), option in zip(stacks.items(), best.options, strict=True):
+        block = name or stack.run.names.block
+        sizes[f"what {block} stores"] = option.stored_bytes
+        sizes[f"what one {block} wants at once"] = option.block_bytes
     for path, leaf in jax.tree_util.tree_leaves_with_path(args):
         if hasattr(leaf, "shape"):
             sizes[f"the argument {jax.tree_util.keystr(path)}"] = jx.nbytes(jax.typeof(leaf))

@@ -19,8 +19,8 @@ def result(setting, losses):
     return demo.Result(setting, None, "nothing", 3 * 2**20, 5 * 2**20, 0.25, losses, 2e-7)
 
 
-def run(capsys, as_json=False, size=TINY):
-    code = demo.run(argparse.Namespace(steps=2, blocks=3, json=as_json), size)
+def run(capsys, as_json=False, size=TINY, budget=None):
+    code = demo.run(argparse.Namespace(steps=2, blocks=3, json=as_json, budget=budget), size)
     return code, *capsys.readouterr()
 
 
@@ -157,3 +157,18 @@ def test_usage_errors(capsys, arguments, message):
         main(["demo", *arguments])
     assert exit.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_trained_under_a_plan(capsys, quick_compile):
+    code, out, _ = run(capsys, as_json=True, budget="1MiB")
+    told = json.loads(out)
+    assert code == 0 and told["problems"] == []
+    plain, *_, planned = told["settings"]
+    assert planned["setting"] == "plan for 1MiB" and planned["total_bytes"] <= 2**20
+    assert np.allclose(planned["losses"], plain["losses"], atol=1e-4)
+
+
+@pytest.mark.parametrize("budget, said", [("1KiB", "the least possible is"), ("lots", "a size is a number and a unit")])
+def test_budgets_that_cannot_be(capsys, quick_compile, budget, said):
+    code, out, err = run(capsys, budget=budget)
+    assert code == 2 and said in err and out == ""

@@ -1,0 +1,76 @@
+"""`jaxckpt plan`: the fastest setting of a training step's stacks that fits into a budget of memory."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from jaxckpt import plan
+from jaxckpt._plan import Plan
+from jaxckpt.cli._stacks import add_stack_options, chosen_stack, imported
+from jaxckpt.cli.plots import Point, check_plot, draw_memory_against_runs
+from jaxckpt.cli.report import gradient
+from jaxckpt.memory import targets
+
+
+def add_parser(commands: Any) -> None:
+    about = "find the fastest setting that fits into a budget of memory"
+    parser = commands.add_parser("plan", help=about, description=about)
+    add_stack_options(parser, stack=False)
+    parser.add_argument(
+        "--step",
+        metavar="MODULE:MAKE",
+        help="a training step of yours in place of --model: MAKE() returns (step, args); stacks in it that are built with "
+        "plan='auto' or plan='auto:NAME' are planned; jax.ShapeDtypeStructs do for arrays",
+    )
+    parser.add_argument("--budget", help="of each device, such as 40GiB (default: its memory)")
+    parser.add_argument("--target", default="attached", help=f"attached, cpu, {', '.join(targets.gpu_names())}, or a file")
+    parser.add_argument("--objective", choices=("time", "memory"), default="time", help="default: %(default)s")
+    parser.add_argument("--time", action="store_true", help="run the best few on the attached device, and choose by that")
+    parser.add_argument(
+        "--calibrate", action="store_true", help="measure the attached device's rates for the time model, once"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="save the plan, for checkpoint_scan(..., plan=FILE)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw what was compiled (.svg, .png or .pdf)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    try:
+        if options.plot is not None:
+            check_plot(options.plot)
+        if options.out is not None and not options.out.parent.is_dir():
+            raise ValueError(f"--out {options.out}: there is no folder {options.out.parent}")
+        step, args = _step(options)
+        knobs = {name: getattr(options, name) for name in ("budget", "target", "objective", "time", "calibrate")}
+        found = plan(step, *args, **knobs)
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        print(f"jaxckpt plan: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(found.to_json(), indent=1) if options.json else found)
+    if options.out is not None:
+        found.save(options.out)
+    if options.plot is not None:
+        _draw(options.plot, found)
+    return 0
+
+
+def _step(options: argparse.Namespace) -> tuple[Any, tuple[Any, ...]]:
+    if options.step is None:
+        fn, *args = gradient(chosen_stack(options, plan="auto"))
+        return fn, tuple(args)
+    made = imported(options.step, "--step")()
+    if not isinstance(made, tuple) or len(made) != 2 or not callable(made[0]) or not isinstance(made[1], tuple):
+        raise TypeError(
+            f"{options.step} must return (step, args), args a tuple of what the step is called with; got {made!r:.200}"
+        )
+    return made
+
+
+def _draw(path: Path, found: Plan) -> None:
+    """What was compiled, and the budget."""
+    points = [Point(c.forward_runs, c.peak_bytes, c.setting) for c in found.candidates if c.peak_bytes is not None]
+    title = f"{', '.join(f'{s.length} x {s.block}' for s in found.stacks.values())}, JAX {found.jax_version}"
+    draw_memory_against_runs(path, title, {found.target: points}, {found.target: found.budget_bytes or 0}, "budget")

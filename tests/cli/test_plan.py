@@ -1,0 +1,62 @@
+import json
+
+import pytest
+
+from jaxckpt.cli import main
+
+MAKE = """
+import jax, jax.numpy as jnp
+from jaxckpt import checkpoint_scan
+
+def make():
+    stack = checkpoint_scan(lambda w, x: jnp.tanh(x @ w), plan="auto")
+    step = jax.grad(lambda w, x: jnp.sum(stack(w, x)))
+    return step, (jax.ShapeDtypeStruct((6, 32, 32), "float32"), jax.ShapeDtypeStruct((256, 32), "float32"))
+
+def no_step():
+    return 3
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(MAKE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+def run(capsys, *arguments):
+    code = main(["plan", "--target", "cpu", *arguments])
+    return code, *capsys.readouterr()
+
+
+def test_a_step_of_the_user(capsys, folder):
+    code, out, _ = run(capsys, "--step", "mine:make", "--budget", "2MiB", "--out", "plan.json", "--plot", "front.svg")
+    assert code == 0 and "forward runs" in out and "of 2.0 MiB on cpu" in out
+    told = json.loads((folder / "plan.json").read_text())
+    assert told["stacks"][""]["length"] == 6 and told["chosen"]["peak_bytes"] <= 2 * 2**20
+    assert "budget" in (folder / "front.svg").read_text()
+
+
+def test_a_model_as_json(capsys):
+    code, out, _ = run(capsys, "--model", "transformer", "--blocks", "4", "--tokens", "16", "--budget", "2GiB", "--json")
+    told = json.loads(out)
+    assert code == 0 and told["chosen"]["peak_bytes"] <= told["budget_bytes"] == 2 * 2**30
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--step", "mine:make", "--budget", "1KiB"], "the least possible is"),
+        (["--step", "mine:make", "--budget", "lots"], "a size is a number and a unit"),
+        (["--step", "mine:no_step", "--budget", "1MiB"], "must return (step, args)"),
+        (["--step", "mine:nothing", "--budget", "1MiB"], "--step takes package.module:function"),
+        (["--step", "mine:make", "--budget", "1MiB", "--plot", "front.gif"], "--plot writes .svg"),
+        (["--step", "mine:make", "--budget", "1MiB", "--out", "none/plan.json"], "there is no folder"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_bad_input(capsys, folder, arguments, said):
+    code, out, err = run(capsys, *arguments)
+    assert code == 2 and said in err and out == ""

@@ -1,0 +1,279 @@
+"""Plans for small steps, compiled for the CPU: within the budget, the faster the more memory, pinned, saved, refused."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import nnx
+
+from jaxckpt import checkpoint_scan, explain, measure, plan
+from jaxckpt._plan import Candidate, Knobs, Plan, StackPlan, load
+from tests.support import relative_error
+
+N, WIDTH = 12, 32
+MIB = 2**20
+X = jnp.ones((64, WIDTH))
+
+
+def block(w, x):
+    h = jnp.tanh(x @ w)
+    return x + jnp.sin(jax.nn.softmax(h @ h.T) @ h)
+
+
+W = 0.1 * jax.random.normal(jax.random.key(0), (N, WIDTH, WIDTH))
+
+
+def step_of(setting, length=N):
+    stack = checkpoint_scan(block, **setting)
+    return lambda w, x: jax.value_and_grad(lambda w: jnp.sum(stack(w, x) ** 2))(w)
+
+
+STEP = step_of({"plan": "auto"})
+
+
+def planned(budget, step=STEP, args=(W, X), **keywords):
+    return plan(step, *args, budget=budget, **{"target": "cpu", "progress": False, **keywords})
+
+
+@pytest.fixture(scope="module")
+def range_of_peaks():
+    """The least possible peak, and that without checkpointing."""
+    least = planned(None, objective="memory").peak_bytes
+    return least, measure(step_of({"policy": "everything"}), W, X, target="cpu").peak_bytes
+
+
+def test_every_budget_is_kept_and_more_memory_is_never_slower(range_of_peaks):
+    least, most = range_of_peaks
+    found = [planned(int(least + (most - least) * i / 8)) for i in range(9)]
+    for i, p in enumerate(found):
+        assert p.peak_bytes <= least + (most - least) * i / 8
+        assert p.peak_bytes == measure(p.around(STEP), W, X, target="cpu").peak_bytes  # the compiled peak, and no other
+    seconds = [p.chosen.seconds for p in found]
+    assert seconds == sorted(seconds, reverse=True) and seconds[0] > seconds[-1]
+    assert found[-1].chosen.forward_runs < 1.2 < found[0].chosen.forward_runs
+    assert len({str(p[""].knobs) for p in found}) > 3
+
+
+def test_gradients_under_a_plan_are_those_without(range_of_peaks):
+    found = planned(sum(range_of_peaks) // 2)
+    want = step_of({"policy": "everything"})(W, X)
+    assert relative_error(found.around(STEP)(W, X), want) < 1e-5
+    assert relative_error(jax.jit(step_of({"plan": found}))(W, X), want) < 1e-5
+
+
+def test_a_plan_is_for_what_is_jitted_too(range_of_peaks):
+    jitted = jax.jit(STEP)
+    before = measure(jitted, W, X, target="cpu").peak_bytes
+    found = planned(range_of_peaks[1], step=jitted)
+    assert found.peak_bytes > before
+    jaxpr = str(jax.make_jaxpr(found.around(jitted))(W, X))
+    assert jaxpr != str(jax.make_jaxpr(jitted)(W, X))
+    assert measure(jitted, W, X, target="cpu").peak_bytes == before  # as it was, outside of the plan
+
+
+def test_saved_and_loaded(tmp_path, range_of_peaks):
+    found = planned(sum(range_of_peaks) // 2)
+    path = tmp_path / "plan.json"
+    found.save(path)
+    again = load(path)
+    assert again == found and str(again) == str(found)
+    pinned = step_of({"plan": str(path)})
+    assert measure(pinned, W, X, target="cpu").peak_bytes == found.peak_bytes
+    assert relative_error(pinned(W, X), step_of({})(W, X)) < 1e-5
+
+
+IN_ANOTHER_PROCESS = """
+import sys
+import jax
+sys.path.insert(0, "{root}")
+from tests.planning.test_search import W, X, step_of
+jax.eval_shape(step_of({{"plan": "{path}"}}), W, X)
+"""
+
+
+def test_a_plan_holds_in_another_process(tmp_path, range_of_peaks, pytestconfig):
+    path = tmp_path / "plan.json"
+    planned(range_of_peaks[1]).save(path)
+    code = IN_ANOTHER_PROCESS.format(root=pytestconfig.rootpath, path=path)
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A function that saves a plan with some fields of its stack changed."""
+    stack = planned("1GiB")[""]
+
+    def save(name="plan.json", **changed):
+        row = Candidate("", 1, 1.0, 1.0, 1)
+        of = dataclasses.replace(stack, **changed)
+        Plan({"": of}, "cpu", "time", 1, row, (row,), 1, 1).save(tmp_path / name)
+        return str(tmp_path / name)
+
+    return save
+
+
+@pytest.mark.parametrize(
+    "changed, said",
+    [
+        ({"length": 7}, r"its length is 12, and the plan is for 7.*plan again"),
+        ({"block": "Other"}, r"its block is block, and the plan is for Other"),
+        ({"carry": "(float32[8],)"}, r"its carry is \(float32\[64,32\],\), and the plan is for \(float32\[8\],\)"),
+        ({"program": "0"}, r"computes something else, though its name and types are the same"),
+    ],
+    ids=lambda value: str(value)[:12],
+)
+def test_a_plan_for_another_stack_is_refused(saved, changed, said):
+    with pytest.raises(ValueError, match=said):
+        step_of({"plan": saved(**changed)})(W, X)
+
+
+def test_plans_that_cannot_be_used_are_refused_at_once(saved, tmp_path):
+    with pytest.raises(ValueError, match=f"made with JAX 0.1, and this is JAX {jax.__version__}"):
+        checkpoint_scan(block, plan=saved(jax_version="0.1"))
+    with pytest.raises(ValueError, match="plan is for 12 blocks of block, and length is 6"):
+        checkpoint_scan(block, 6, plan=saved())
+    with pytest.raises(FileNotFoundError):
+        checkpoint_scan(block, plan=str(tmp_path / "none.json"))
+    (tmp_path / "no.json").write_text(json.dumps({"format": 1}))
+    with pytest.raises(ValueError, match=r"no\.json is no plan that jaxckpt\.plan saved"):
+        checkpoint_scan(block, plan=tmp_path / "no.json")
+    with pytest.raises(ValueError, match="plan='auto' sets all knobs, and policy='dots' is given beside it"):
+        checkpoint_scan(block, plan="auto", policy="dots")
+    with pytest.raises(ValueError, match=r"sets all knobs, and unroll=2"):
+        checkpoint_scan(block, plan="auto", unroll=2)
+    with pytest.raises(TypeError, match="plan must be 'auto', 'auto:NAME'"):
+        checkpoint_scan(block, plan=3)
+
+
+def test_a_budget_that_is_too_small_names_the_least_and_the_largest_buffers(range_of_peaks):
+    least = range_of_peaks[0]
+    with pytest.raises(
+        ValueError, match=rf"the least possible is .* \({least} bytes\), with .*The largest: .*block"
+    ) as error:
+        planned(least - 1)
+    assert "the argument [0]" in str(error.value)
+    assert planned(least).peak_bytes == least
+
+
+@pytest.mark.parametrize("budget", ["40", "much", "-3GiB", -1, 0, True, 2.5])
+def test_budgets_that_are_none(budget):
+    with pytest.raises(ValueError, match="budget"):
+        planned(budget)
+
+
+def test_other_bad_input():
+    with pytest.raises(ValueError, match=r"no stack in the step is to be planned: .*plan='auto'"):
+        planned("1GiB", step=step_of({}))
+    with pytest.raises(ValueError, match="objective must be 'time' or 'memory'"):
+        planned("1GiB", objective="speed")
+    with pytest.raises(ValueError, match=r"budget is missing: the memory of 'cpu' is not known"):
+        planned(None)
+    with pytest.raises(ValueError, match="unknown target"):
+        planned("1GiB", target="h20")
+
+
+def test_targets_without_the_plugin(monkeypatch):
+    from jaxckpt.memory import targets
+
+    def missing(gpu, count):
+        raise RuntimeError('which is not installed: pip install "jaxckpt[aot]"')
+
+    monkeypatch.setattr(targets, "_described", missing)
+    with pytest.raises(RuntimeError, match=r"pip install \"jaxckpt\[aot\]\""):
+        planned("1GiB", target="h200")
+
+
+def two_stacks(names, lengths=(N, N // 2)):
+    first, second = (checkpoint_scan(block, plan=name) for name in names)
+    return lambda w, x: jax.grad(lambda w: jnp.sum(second(w[: lengths[1]], first(w, x)) ** 2))(w)
+
+
+def test_several_stacks(tmp_path, range_of_peaks):
+    step = two_stacks(["auto:trunk", "auto:head"])
+    found = planned(sum(range_of_peaks) // 2, step=step)
+    assert set(found.stacks) == {"trunk", "head"}
+    assert found["trunk"].length == N and found["head"].length == N // 2
+    found.save(tmp_path / "plan.json")
+    with pytest.raises(ValueError, match="has several stacks, 'trunk', 'head'"):
+        checkpoint_scan(block, plan=tmp_path / "plan.json")
+    pinned = two_stacks([f"{tmp_path}/plan.json:trunk", found["head"]])
+    assert measure(pinned, W, X, target="cpu").peak_bytes == found.peak_bytes
+    with pytest.raises(KeyError, match="no stack 'tail'; it has 'trunk', 'head'"):
+        checkpoint_scan(block, plan=f"{tmp_path}/plan.json:tail")
+
+
+def test_two_stacks_of_one_name():
+    with pytest.raises(ValueError, match=r"two stacks are built with plan='auto', 12 x block and 6 x block: .*'auto:NAME'"):
+        planned("1GiB", step=two_stacks(["auto", "auto"]))
+    same = two_stacks(["auto:both", "auto:both"], (N, N))  # equal stacks, or one that is run twice, share a plan
+    assert set(planned("1GiB", step=same).stacks) == {"both"}
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return x + nn.Dense(WIDTH)(jnp.tanh(nn.Dense(2 * WIDTH)(nn.LayerNorm()(x))))
+
+
+class NNXBlock(nnx.Module):
+    def __init__(self, *, rngs):
+        self.linear = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
+
+    def __call__(self, x):
+        return x + jnp.tanh(self.linear(x))
+
+
+def test_linen_and_a_whole_training_step():
+    model = checkpoint_scan(Block, 6, plan="auto")()
+    variables = jax.eval_shape(model.init, jax.random.key(0), X)
+    optimizer = optax.adam(1e-3)
+
+    def step(variables, state, x):
+        loss, gradients = jax.value_and_grad(lambda v: jnp.mean(model.apply(v, x) ** 2))(variables)
+        updates, state = optimizer.update(gradients, state)
+        return optax.apply_updates(variables, updates), state, loss
+
+    state = jax.eval_shape(optimizer.init, variables)
+    found = planned("8MiB", step=jax.jit(step, donate_argnums=(0, 1)), args=(variables, state, X))
+    assert found.peak_bytes <= 8 * MIB
+    assert found[""].block == "Block" and found[""].length == 6
+    pinned = checkpoint_scan(Block, 6, plan=found)()
+    assert pinned == checkpoint_scan(Block, 6, plan=found)()  # equal stacks are equal modules
+    jax.eval_shape(pinned.apply, variables, X)
+
+
+def test_nnx():
+    stack = checkpoint_scan(NNXBlock, 4, plan="auto")(rngs=nnx.Rngs(0))
+    graph, state = nnx.split(stack)
+    step = lambda state, x: jax.grad(lambda state: jnp.sum(nnx.merge(graph, state)(x) ** 2))(state)  # noqa: E731
+    assert planned("8MiB", step=step, args=(state, X)).peak_bytes <= 8 * MIB
+
+
+def test_timed_on_a_present_device():
+    found = planned("1GiB", time=True, target="attached")
+    timed = [c for c in found.candidates if c.measured_seconds is not None]
+    assert found.chosen in timed and all(found.chosen.measured_seconds <= c.measured_seconds for c in timed)
+    with pytest.raises(ValueError, match="time=True runs the step"):
+        planned("1GiB", time=True, target="h200")
+
+
+def test_explained_under_a_plan():
+    stack = StackPlan.__call__ if False else checkpoint_scan(block, plan=planned("1GiB"))
+    assert "jaxckpt_value" not in str(explain(stack, W, X))
+
+
+def test_a_plan_as_text(range_of_peaks):
+    text = str(planned(sum(range_of_peaks) // 2))
+    assert "on cpu, JAX" in text and "block (12 blocks)" in text and "*" in text
+
+
+def test_auto_stands_for_the_default_knobs_without_a_plan():
+    jaxpr = [str(jax.make_jaxpr(step_of(knobs))(W, X)) for knobs in ({"plan": "auto"}, {})]
+    assert jaxpr[0] == jaxpr[1]
+    assert Knobs() == Knobs(policy="nothing", engine="scan")
