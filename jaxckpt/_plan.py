@@ -1,4 +1,4 @@
-"""A plan: the settings of a step's stacks, found by `jaxckpt.plan`, printed, saved, pinned by `checkpoint_scan(plan=...)`."""
+"""A plan: the settings of a step's stacks, found by `jaxckpt.plan`, saved, and pinned by `checkpoint_scan(plan=...)`."""
 
 import contextlib
 import dataclasses

@@ -67,16 +67,18 @@ class _Peaks:
 
     def predicted(self, c: Combination) -> float:
         """The peak by the model."""
-        alike = [other for other in self.known if other.family == c.family]
-        if alike:
-            near = sorted(alike, key=lambda other: abs(other.stored_bytes - c.stored_bytes))[:2]
-            beside = [self.known[other].peak_bytes - other.stored_bytes for other in near]
-            if len(near) == 1 or near[0].stored_bytes == near[1].stored_bytes:
-                return c.stored_bytes + beside[0]
-            # A line through the two nearest, not beyond what they need.
+        near = sorted(
+            (other for other in self.known if other.family == c.family), key=lambda o: abs(o.stored_bytes - c.stored_bytes)
+        )[:2]
+        # Beside what is stored and what one block wants, those alike need about the same.
+        rest = [self.known[other].peak_bytes - other.stored_bytes - self._fused * other.block_bytes for other in near]
+        if not near:
+            rest = [self.fixed]
+        elif len(near) == 2 and near[0].stored_bytes != near[1].stored_bytes:
+            # A line through the two nearest, and not beyond what they need.
             share = (c.stored_bytes - near[0].stored_bytes) / (near[1].stored_bytes - near[0].stored_bytes)
-            return c.stored_bytes + beside[0] + min(1.0, max(0.0, share)) * (beside[1] - beside[0])
-        return self.fixed + c.stored_bytes + self._fused * c.block_bytes
+            rest[0] += min(1.0, max(0.0, share)) * (rest[1] - rest[0])
+        return c.stored_bytes + self._fused * c.block_bytes + rest[0]
 
     def peak(self, c: Combination) -> float:
         """The compiled peak, if it is known, or the predicted one."""
