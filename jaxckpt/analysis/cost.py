@@ -57,11 +57,15 @@ _DEAR = frozenset("dot_general conv_general_dilated scan while sort top_k approx
 
 
 class Rates(NamedTuple):
-    """What the time model knows of a device: bytes per second, and operations per second by dtype."""
+    """What the time model knows of a device: bytes per second, and operations per second by dtype.
+
+    `fresh_bandwidth` is that of memory that is touched for the first time, where that costs more, as on CPUs (page faults).
+    """
 
     memory_bandwidth: float
     matmul_rate: Mapping[str, float]
     vector_rate: Mapping[str, float]
+    fresh_bandwidth: float = float("inf")
 
 
 # Those of an H200, for choices that must not depend on where they are made.
@@ -75,6 +79,7 @@ CPU = Rates(
     memory_bandwidth=1e10,
     matmul_rate={"bfloat16": 2e10, "float16": 2e10, "float32": 1e11, "float64": 5e10},
     vector_rate={"float32": 2e10, "float64": 1e10},
+    fresh_bandwidth=2e9,
 )
 
 

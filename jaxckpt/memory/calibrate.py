@@ -57,7 +57,8 @@ def _measured(device: Any) -> Rates:
         for dtype in _DTYPES:
             a = jnp.ones((size, size), dtype)
             matmul[dtype] = 2 * size**3 / _seconds(jax.jit(jnp.matmul), a, a)
-    return Rates(bandwidth, {**matmul, "float16": matmul["bfloat16"]}, {"float32": vector})
+    fresh = CPU.fresh_bandwidth if is_cpu else float("inf")
+    return Rates(bandwidth, {**matmul, "float16": matmul["bfloat16"]}, {"float32": vector}, fresh)
 
 
 def _seconds(fn: Any, *args: Any) -> float:

@@ -6,8 +6,8 @@ chunks, or `s` of them. What XLA makes of what one block wants while it is diffe
 to `jaxckpt.planning.search`, which learns it from the compiler.
 
 Seconds are those of the time model (`jaxckpt.analysis.cost`): three times a forward pass for running and differentiating
-each block, what is run again, what is kept written and read once more (a quarter of it, as of all that XLA fuses), and what
-goes to the host and comes back.
+each block, what is run again, what goes to the host and comes back, and on CPUs the making of fresh memory. (Reading and
+writing what is kept is in the passes already, as it is without checkpointing.)
 """
 
 import itertools
@@ -19,7 +19,6 @@ import jax
 
 from jaxckpt._plan import Knobs
 from jaxckpt.analysis import jaxpr as jx
-from jaxckpt.analysis.cost import FUSED
 from jaxckpt.analysis.stages import find_cuts, pieces_between
 from jaxckpt.analysis.tradeoff import Choice, Tradeoff, tradeoff_of
 from jaxckpt.engine.schedule import least_advances
@@ -136,7 +135,7 @@ class Stack:
         again = max(0.0, choice.rerun_seconds - (0.0 if choice.bytes >= self.trade.wanted_bytes else self._floor))
         again *= 2 if knobs.stages and knobs.policy != "everything" else 1
         runs = advances / length + again / (forward or 1.0)
-        moved = 2 * FUSED * choice.bytes * length / self.rates.memory_bandwidth
+        moved = (stored - on_host) / getattr(self.rates, "fresh_bandwidth", float("inf"))
         moved += 2 * on_host / getattr(self.rates, "host_bandwidth", float("inf"))
         seconds = length * forward * (runs + _OF_BACKWARD) + moved
         block_bytes = choice.largest_bytes

@@ -11,7 +11,7 @@ from jaxckpt.cli import main
 def test_every_name_is_listed_with_what_it_keeps(capsys):
     assert main(["policies"]) == 0
     listed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert set(listed) == {*policies.names(), "save:NAMES", "except:NAMES", "offload:NAMES"}
+    assert set(listed) == {*policies.names(), "save:NAMES", "except:NAMES", "offload:NAMES", "budget:F", "budget:SIZE"}
     assert listed["nothing"] == "only the block's input"
 
 

@@ -100,6 +100,7 @@ def test_every_name_is_tested_here():
     tested = {*SAVED, *OFFLOADED, "everything", "everything_saveable", "none", "nothing", "nothing_saveable", "full"}
     tested |= {"dots", "dots_saveable", "checkpoint_dots", "dots_no_batch", "dots_with_no_batch_dims_saveable"}
     tested |= {"checkpoint_dots_with_no_batch_dims", "minimal"}
+    tested |= {"cheap"}  # in tests/engine/test_choice.py
     assert set(policies.names()) == tested
 
 

@@ -226,3 +226,24 @@ def test_tags_are_found_wherever_they_stand():
 def test_nothing_is_left_to_offload_beside_everything(policy):
     with pytest.raises(ValueError, match="nothing is left to offload"):
         policies.get(policy)
+
+
+@pytest.mark.parametrize(
+    ("text", "budget"), [("0.25", 0.25), ("1", 1.0), ("0", 0.0), ("300MiB", 300 * 2**20), ("2 kB", 2000)]
+)
+def test_budgets(text, budget):
+    (term,) = policies.get(f"budget:{text}").terms
+    assert term.chooses and term.budget == budget and type(term.budget) is type(budget)
+
+
+@pytest.mark.parametrize("text", ["", "2", "-0.5", "300", "MiB", "much", "nan", "1e400MiB2"])
+def test_budgets_that_are_none(text):
+    with pytest.raises(ValueError, match=r"a budget is a fraction from 0 to 1, as in 'budget:0.25', or bytes per block"):
+        policies.get(f"budget:{text}")
+
+
+def test_a_budget_stands_alone():
+    with pytest.raises(ValueError, match="stands alone"):
+        policies.get("budget:0.5+dots")
+    with pytest.raises(ValueError, match="did you mean 'budget:'"):
+        policies.get("buget:0.5")

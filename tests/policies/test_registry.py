@@ -77,10 +77,16 @@ def test_what_is_no_policy_is_refused(policy):
     assert "'dots+save:attn'" in str(caught.value)
 
 
+def test_policies_that_choose_are_described():
+    assert policies.describe("cheap+dots").startswith("cheap  the fewest bytes under which no matrix product")
+    assert "within a fraction (0 to 1)" in policies.describe("budget:0.25")
+    assert "within bytes per block" in policies.describe("budget:300MiB")
+
+
 def test_describe_lists_every_name_and_form():
     lines = policies.describe().splitlines()
     first = [line.split()[0] for line in lines]
-    assert first == [*policies.names(), "save:NAMES", "except:NAMES", "offload:NAMES"]
+    assert first == [*policies.names(), "save:NAMES", "except:NAMES", "offload:NAMES", "budget:F", "budget:SIZE"]
     column = lines[0].index("all that autodiff asks for")
     assert all(line[column - 1] == " " and line[column] != " " for line in lines), "what is kept stands in one column"
 
