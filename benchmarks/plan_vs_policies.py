@@ -94,8 +94,9 @@ def median_seconds(program: Any, arguments: Any) -> float:
 
 INTRODUCTION = """## Plans against named policies, in seconds
 
-`plan_vs_policies.py` plans a training step for the peak of each named policy, timing the best few, and races what it found against
-the fastest named policy that needs no more memory. Ratio: the plan's time to that policy's, the median of pairs run in turns."""
+`plan_vs_policies.py` plans a training step for the peak of each named policy, timing the best few, and races what it found
+against the fastest named policy that needs no more memory. Ratio: the plan's time to that policy's, the median of pairs run
+in turns."""
 
 
 def table(entry: dict[str, Any]) -> str:
