@@ -61,9 +61,9 @@ def checkpoint_blocks(
         return _run(blocks, args)
     before = _variables(modules)
     tags = _tags(blocks, args) if policy.reads_tags else ()
-    if blocks_per_ckpt == 1:
-        policy = policies.get("everything")  # one block is alive anyway: keeping less of it would only run it a third time
     keep = functools.partial(_chosen, policy, tags) if policy.chooses else policy.for_tags(tags)
+    if blocks_per_ckpt == 1:
+        keep = everything  # one block at a time is alive anyway: keeping less inside it would only run it a third time
     for start in range(0, len(blocks), blocks_per_ckpt):
         chunk = [_checkpoint(block, keep) for block in blocks[start : start + blocks_per_ckpt]]
         args = _checkpoint(lambda *a, chunk=chunk: _run(chunk, a), nothing)(*args)

@@ -256,7 +256,9 @@ def _resolve(setting: Setting, closed: Any, names: check.Names) -> tuple[Any, Ja
     tags = jx.tags(closed) if policy.reads_tags else ()
     found: tuple[str, ...] = ()
     chosen = None
-    if policy.chooses is not None:
+    # One block at a time is alive anyway, and nothing of it is kept for later.
+    is_single = setting.blocks_per_ckpt == 1 or (setting.snapshots is not None and setting.blocks_per_ckpt is None)
+    if policy.chooses is not None and not is_single:
         closed, found, chosen = with_choice(closed, policy.chooses)
     try:
         return closed, policy.for_tags(tags, found), chosen
