@@ -10,10 +10,10 @@ import itertools
 import math
 import os
 import time as clock
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import jax
 from tqdm import tqdm
@@ -94,7 +94,8 @@ class _Peaks:
         return min(1.5, max(0.2, sum(shares) / len(shares))) if shares else _FUSED
 
 
-_known: OrderedDict[Any, dict[Combination, Measurement]] = OrderedDict()
+# By step, and by what else the compiler is told.
+_known: WeakKeyDictionary[Any, dict[Any, dict[Combination, Measurement]]] = WeakKeyDictionary()
 
 
 def plan(
@@ -150,10 +151,7 @@ def plan(
     combinations = _combinations([stack.options(may_offload=where.gpu is not None) for stack in stacks.values()])
     signature = tuple((name, run.length, jx.digest(run.closed)) for name, run in runs.items())
     shapes = jax.tree.map(lambda leaf: str(jax.typeof(leaf)), split_arrays(args)[0])
-    key = signature, str(shapes), str(where.devices[0]), where.count, getattr(step, "__qualname__", repr(step))
-    known = _known.setdefault(key, {})
-    while len(_known) > 16:
-        _known.popitem(last=False)
+    known = _known_of(step, (signature, str(shapes), str(where.devices[0]), where.count))
     peaks = _Peaks(_fixed_bytes(step, args), known)
     predicted: dict[Combination, int] = {}
     bar = tqdm(desc="plan", unit="compilation", disable=not progress or None)
@@ -237,6 +235,13 @@ def plan(
 def forget() -> None:
     """Forgets what was compiled for plans before."""
     _known.clear()
+
+
+def _known_of(step: Callable[..., Any], key: Any) -> dict[Combination, Measurement]:
+    try:
+        return _known.setdefault(step, {}).setdefault(key, {})
+    except TypeError:  # what cannot be referred to weakly is not remembered
+        return {}
 
 
 def _limit(budget: str | int | None, objective: str, where: targets.Target) -> float:

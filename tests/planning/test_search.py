@@ -70,6 +70,15 @@ def test_every_budget_is_kept_and_more_memory_is_never_slower(range_of_peaks):
     assert len({str(p[""].knobs) for p in found}) > 3
 
 
+def test_what_was_compiled_for_one_step_is_not_believed_of_another():
+    def with_head(width):
+        stack = checkpoint_scan(block, plan="auto")
+        return lambda w, x: jax.grad(lambda w: jnp.sum(jnp.sin(stack(w, x) @ jnp.ones((WIDTH, width)))))(w)
+
+    small, large = (planned("64MiB", step=with_head(width)) for width in (1, 4096))
+    assert large.peak_bytes > small.peak_bytes + MIB
+
+
 def test_gradients_under_a_plan_are_those_without(range_of_peaks):
     found = planned(sum(range_of_peaks) // 2)
     want = step_of({"policy": "everything"})(W, X)
