@@ -5,7 +5,7 @@ import os
 import re
 import statistics
 import time as clock
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -206,6 +206,27 @@ def _run(jitted: Any, args: Any, donated: bool, target: Target) -> tuple[float, 
         times.append(clock.perf_counter() - start)
     stats = target.devices[0].memory_stats() or {}
     return statistics.median(times), stats.get("peak_bytes_in_use")
+
+
+def seconds_in_turns(programs: Sequence[Any], args: Any, target: Target) -> list[float]:
+    """The median time of a call of each program, run in turns, so that whatever else the machine does slows all alike.
+
+    Arguments:
+        programs: what `.lower(*args)` returned; all of them take and donate the same.
+    """
+    compiled = [lowered.compile() for lowered in programs]
+    placed = target.place(args)
+    args = jax.tree.map(lambda x, to: jax.device_put(x, to.sharding) if to is not x else x, args, placed)
+    is_info = lambda leaf: hasattr(leaf, "donated")  # noqa: E731
+    donated = any(info.donated for info in jax.tree.leaves(programs[0].args_info, is_leaf=is_info))
+    times: list[list[float]] = [[] for _ in programs]
+    for turn in range(12):
+        for program, its in zip(compiled, times, strict=True):
+            given = jax.tree.map(lambda x: jnp.copy(x) if is_array(x) else x, args) if donated else args
+            start = clock.perf_counter()
+            jax.block_until_ready(program(*jax.block_until_ready(given)))
+            its += [clock.perf_counter() - start] * (turn > 0)
+    return [statistics.median(its) for its in times]
 
 
 def _mib(size: float) -> str:

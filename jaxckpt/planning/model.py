@@ -91,12 +91,19 @@ class Stack:
         """The stack without checkpointing."""
         return self._option(Knobs(policy="everything"), self._kept_all())
 
+    def plain(self) -> Option:
+        """The stack with its default knobs: per block, nothing kept."""
+        return self._option(Knobs(), self._kept_none())
+
+    def _kept_none(self) -> Choice:
+        return Choice((), 0, self.trade.choices[0].rerun_seconds, self.trade.wanted_bytes)
+
     def _kept_all(self) -> Choice:
         return Choice((), self.trade.wanted_bytes, 0.0, 0)
 
     def _all(self, may_offload: bool) -> Iterator[Option]:
         length, choices = self.run.length, self.trade.choices
-        nothing = Choice((), 0, choices[0].rerun_seconds, self.trade.wanted_bytes)
+        nothing = self._kept_none()
         yield self.everything()
         all_stages = (None, "auto") if self.pieces_bytes else (None,)
         chunks = sorted({k for k in range(2, length) if length % k == 0 or k in (2, 3, 4, 6, 8, 12)})

@@ -27,7 +27,7 @@ from jaxckpt.memory import targets
 from jaxckpt.memory.calibrate import calibrate as calibrated
 from jaxckpt.memory.calibrate import rates_of
 from jaxckpt.memory.explain import runs_of
-from jaxckpt.memory.measure import Measurement, measure
+from jaxckpt.memory.measure import Measurement, measure, seconds_in_turns
 from jaxckpt.planning.model import Option, Stack
 
 _FUSED = 0.75  # of what autodiff wants of a block, what XLA really has alive: 0.74 to 0.76 in the models of the benchmarks
@@ -144,6 +144,8 @@ def plan(
     limit = _limit(budget, objective, where)
     if time and not where.is_present:
         raise ValueError(f"time=True runs the step, and {where.name!r} is only described; take target='attached'")
+    if time and (missing := [leaf for leaf in jax.tree.leaves(args) if isinstance(leaf, jax.ShapeDtypeStruct)]):
+        raise ValueError(f"time=True runs the step and needs arrays; among the arguments is {missing[0]}")
     _ = where.devices  # a missing plugin is said before anything is traced
     runs = _stacks(step, args)
     rates = calibrated(where) if calibrate else rates_of(where)
@@ -204,12 +206,19 @@ def plan(
 
     measured: dict[Combination, float] = {}
     if time:
+        plain = Combination(tuple(stack.plain() for stack in stacks.values()))
+        compiled(plain)
         for part in (2, 4, 8):  # settings of less memory, which may be faster in truth
             search(limit / part)
         fits = sorted((c for c in known if known[c].peak_bytes <= limit), key=lambda c: c.seconds)
-        for c in fits[:_TIMED]:
+        # Of those that fit some of all speeds by the model, the fastest and the slowest among them.
+        fits = [fits[i * (len(fits) - 1) // (_TIMED - 1)] for i in range(_TIMED)] if len(fits) > _TIMED else fits
+        fits = list(dict.fromkeys([*fits, *[plain] * (known[plain].peak_bytes <= limit)]))
+        programs = []
+        for c in fits:
             with under(dict(zip(stacks, (option.knobs for option in c.options), strict=True))):
-                measured[c] = measure(step, *args, target=where, time=True).seconds or math.inf
+                programs.append((step if hasattr(step, "lower") else jax.jit(step)).lower(*where.place(args)))
+        measured = dict(zip(fits, seconds_in_turns(programs, args, where), strict=True))
         chosen = min(measured, key=measured.__getitem__)
     rows = {c: replace(candidate(c), measured_seconds=measured.get(c)) for c in known}
     return Plan(

@@ -278,8 +278,14 @@ def test_timed_on_a_present_device():
     found = planned("1GiB", time=True, target="attached")
     timed = [c for c in found.candidates if c.measured_seconds is not None]
     assert found.chosen in timed and all(found.chosen.measured_seconds <= c.measured_seconds for c in timed)
+    assert "nothing, scan" in [c.setting for c in timed]  # the default knobs are always among them
+    donating = jax.jit(lambda w, x: (w - STEP(w, x)[1], x), donate_argnums=0)
+    assert planned("1GiB", step=donating, time=True, target="attached").chosen.measured_seconds > 0
+    assert not W.is_deleted()
     with pytest.raises(ValueError, match="time=True runs the step"):
         planned("1GiB", time=True, target="h200")
+    with pytest.raises(ValueError, match="needs arrays; among the arguments is ShapeDtypeStruct"):
+        planned("1GiB", args=(jax.ShapeDtypeStruct(W.shape, W.dtype), X), time=True, target="attached")
 
 
 def test_explained_under_a_plan():
