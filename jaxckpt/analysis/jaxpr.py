@@ -109,6 +109,45 @@ def inlined(closed: Any, checkpoints: bool = False) -> Any:
     return core.ClosedJaxpr(jaxpr, list(constants.values()))
 
 
+def merged(closed: Any) -> Any:
+    """An inlined jaxpr in which nothing is computed twice from the same values in the same way.
+
+    XLA merges such equations, and then keeps one value where the program says two: a carry of bfloat16 that is converted to
+    float32 for a norm's mean and again for its variance, say. Loops, calls and side effects are left alone.
+    """
+    renamed: dict[Any, Any] = {}
+    first: dict[Any, list[Any]] = {}
+    eqns: list[Any] = []
+
+    def now(var: Any) -> Any:
+        return var if isinstance(var, core.Literal) else renamed.get(var, var)
+
+    for eqn in closed.jaxpr.eqns:
+        eqn = eqn.replace(invars=list(map(now, eqn.invars)))
+        key = _computation(eqn)
+        twin = None if key is None else first.setdefault(key, eqn.outvars)
+        if twin is None or twin is eqn.outvars or any(map(_is_dropped, twin)):
+            eqns.append(eqn)
+        else:
+            renamed.update(zip(eqn.outvars, twin, strict=True))
+    return core.ClosedJaxpr(
+        closed.jaxpr.replace(eqns=eqns, outvars=list(map(now, closed.jaxpr.outvars))), closed.consts
+    )
+
+
+def _computation(eqn: Any) -> Any:
+    """What an equation computes of which values, as a key; None where that cannot be compared."""
+    if eqn.effects or inner_jaxprs(eqn):
+        return None
+    given = tuple((v.aval, np.asarray(v.val).tobytes()) if isinstance(v, core.Literal) else v for v in eqn.invars)
+    try:
+        key = eqn.primitive, given, tuple(sorted(eqn.params.items()))
+        hash(key)
+    except TypeError:  # parameters that have no order or no hash
+        return None
+    return key
+
+
 def residual_bytes(closed: Any) -> list[int]:
     """For each equation, the bytes that autodiff keeps of it where nothing is checkpointed."""
     run = as_numbered_function(closed)

@@ -23,7 +23,7 @@ def choice_of(closed: Any, term: Term) -> tuple[Tradeoff, Choice]:
 
 def with_choice(closed: Any, term: Term) -> tuple[Any, tuple[str, ...], tuple[Tradeoff, Choice] | None]:
     """The block's jaxpr with what the term chooses tagged, the tags, and the choice, if it was not made before."""
-    flat = jx.inlined(closed, checkpoints=True)
+    flat = jx.merged(jx.inlined(closed, checkpoints=True))
     if term.values is not None:
         return jx.with_tags(flat, frozenset(term.values)), term.values, None
     trade, choice = choice_of(flat, term)

@@ -61,7 +61,7 @@ class Stack:
     def __init__(self, run: Run, rates: Any):
         self.run, self.rates = run, rates
         flat = jx.inlined(run.closed, checkpoints=True)
-        self.trade: Tradeoff = tradeoff_of(flat, rates)
+        self.trade: Tradeoff = tradeoff_of(jx.merged(flat), rates)
         carry = [jax.typeof(run.leaves[1][i]) for i in run.moving]
         self.carry_bytes = sum(map(jx.nbytes, carry))
         self.pieces_bytes = None if jx.effects(run.closed) else self._pieces(flat)

@@ -27,7 +27,7 @@ from jaxckpt.memory import targets
 from jaxckpt.memory.calibrate import calibrate as calibrated
 from jaxckpt.memory.calibrate import rates_of
 from jaxckpt.memory.explain import runs_of
-from jaxckpt.memory.measure import Measurement, measure, seconds_in_turns
+from jaxckpt.memory.measure import measure, seconds_in_turns
 from jaxckpt.planning.model import Option, Stack
 
 _FUSED = 0.75  # of what autodiff wants of a block, what XLA really has alive: 0.74 to 0.76 in the models of the benchmarks
@@ -59,10 +59,17 @@ class Combination(NamedTuple):
         return tuple(option.family for option in self.options)
 
 
+class _Compiled(NamedTuple):
+    """What the compiler said of a combination, and what the model had said before."""
+
+    peak_bytes: int
+    predicted_bytes: int
+
+
 class _Peaks:
     """What combinations need: as the compiler said, or as the model says, corrected by what the compiler said of others."""
 
-    def __init__(self, fixed: int, known: dict[Combination, Measurement]):
+    def __init__(self, fixed: int, known: dict[Combination, _Compiled]):
         self.fixed, self.known = fixed, known
 
     def predicted(self, c: Combination) -> float:
@@ -95,7 +102,7 @@ class _Peaks:
 
 
 # By step, and by what else the compiler is told.
-_known: WeakKeyDictionary[Any, dict[Any, dict[Combination, Measurement]]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[Any, dict[Any, dict[Combination, _Compiled]]] = WeakKeyDictionary()
 
 
 def plan(
@@ -155,16 +162,15 @@ def plan(
     shapes = jax.tree.map(lambda leaf: str(jax.typeof(leaf)), split_arrays(args)[0])
     known = _known_of(step, (signature, str(shapes), str(where.devices[0]), where.count))
     peaks = _Peaks(_fixed_bytes(step, args), known)
-    predicted: dict[Combination, int] = {}
     bar = tqdm(desc="plan", unit="compilation", disable=not progress or None)
     begin = clock.monotonic()
 
     def compiled(c: Combination) -> int:
         if c not in known:
-            predicted[c] = round(peaks.predicted(c))
             bar.set_description(f"plan: compiling {_text(c)}")
             with under(dict(zip(stacks, (option.knobs for option in c.options), strict=True))):
-                known[c] = measure(step, *args, target=where)
+                found = measure(step, *args, target=where)
+            known[c] = _Compiled(found.peak_bytes, round(peaks.predicted(c)))
             bar.update()
         return known[c].peak_bytes
 
@@ -195,14 +201,13 @@ def plan(
         if chosen is None:
             best = least()
             if known[best].peak_bytes > limit:
-                raise ValueError(_too_little(limit, known[best], best, stacks, args))
+                raise ValueError(_too_little(limit, known[best].peak_bytes, best, stacks, args))
             chosen = best
     everything = Combination(tuple(stack.everything() for stack in stacks.values()))
 
     def candidate(c: Combination) -> Candidate:
         runs = sum(option.forward_runs * option.seconds for option in c.options) / c.seconds
-        said = predicted.get(c, known[c].peak_bytes if c in known else round(peaks.predicted(c)))
-        return Candidate(_text(c), said, c.seconds, runs, known[c].peak_bytes if c in known else None)
+        return Candidate(_text(c), known[c].predicted_bytes, c.seconds, runs, known[c].peak_bytes)
 
     measured: dict[Combination, float] = {}
     if time:
@@ -246,7 +251,7 @@ def forget() -> None:
     _known.clear()
 
 
-def _known_of(step: Callable[..., Any], key: Any) -> dict[Combination, Measurement]:
+def _known_of(step: Callable[..., Any], key: Any) -> dict[Combination, _Compiled]:
     try:
         return _known.setdefault(step, {}).setdefault(key, {})
     except TypeError:  # what cannot be referred to weakly is not remembered
@@ -310,7 +315,7 @@ def _text(c: Combination) -> str:
     return "; ".join(str(option.knobs) for option in c.options)
 
 
-def _too_little(limit: float, found: Measurement, best: Combination, stacks: dict[str, Stack], args: Any) -> str:
+def _too_little(limit: float, least_bytes: int, best: Combination, stacks: dict[str, Stack], args: Any) -> str:
     """Names the least that is possible, and what is large."""
     sizes: dict[str, int] = {}
     for (name, stack), option in zip(stacks.items(), best.options, strict=True):
@@ -323,6 +328,6 @@ def _too_little(limit: float, found: Measurement, best: Combination, stacks: dic
     largest = sorted(sizes.items(), key=lambda item: -item[1])[:4]
     listed = ", ".join(f"{name} {size_text(size)}" for name, size in largest)
     return (
-        f"budget={size_text(limit)} is less than this step can do with: the least possible is {size_text(found.peak_bytes)} "
-        f"({found.peak_bytes} bytes), with {_text(best)}. The largest: {listed}"
+        f"budget={size_text(limit)} is less than this step can do with: the least possible is {size_text(least_bytes)} "
+        f"({least_bytes} bytes), with {_text(best)}. The largest: {listed}"
     )
