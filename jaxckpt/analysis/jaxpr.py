@@ -130,9 +130,7 @@ def merged(closed: Any) -> Any:
             eqns.append(eqn)
         else:
             renamed.update(zip(eqn.outvars, twin, strict=True))
-    return core.ClosedJaxpr(
-        closed.jaxpr.replace(eqns=eqns, outvars=list(map(now, closed.jaxpr.outvars))), closed.consts
-    )
+    return core.ClosedJaxpr(closed.jaxpr.replace(eqns=eqns, outvars=list(map(now, closed.jaxpr.outvars))), closed.consts)
 
 
 def _computation(eqn: Any) -> Any:

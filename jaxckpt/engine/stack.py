@@ -6,6 +6,7 @@ code is entered once per call of the stack (again where Python numbers in the ca
 call is jitted and already compiled.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
@@ -125,6 +126,13 @@ class Run:
     computed: list[int]  # the other outputs that are no slices of `xs`
     leaves: tuple[list[Any], list[Any], list[Any]]  # of `xs`, the first carry, the shared arrays
     carry_names: list[str]
+
+    def under(self, setting: Setting) -> "Run":
+        """This run under other knobs, `offload:` aside; for one with default knobs, whose `closed` is the block's own."""
+        closed, keep, chosen = _resolve(setting, self.closed, self.names)
+        slices, carried = len(self.leaves[0]), len(self.leaves[1])
+        closed, pieces = _cut(setting, closed, range(slices, slices + carried), self.names)
+        return dataclasses.replace(self, setting=setting, closed=closed, pieces=pieces, keep=keep, chosen=chosen)
 
     def execute(
         self,

@@ -2,8 +2,9 @@
 
 `N` blocks, `K` per chunk, `s` snapshots; of each block a choice of values is kept (`jaxckpt.analysis.tradeoff`), and of `r`
 of its blocks at once: `r = N` without chunks, else `K`. Stored are `r` times what is kept and the inputs of all blocks or
-chunks, or `s` of them. What XLA makes of what one block wants while it is differentiated, and the rest of the step, is left
-to `jaxckpt.planning.search`, which learns it from the compiler.
+chunks, or `s` of them. What one block takes while it is run again and differentiated is XLA's business: for that the
+backward pass of the blocks alone is compiled (`Stack.transient_bytes`), once for all numbers of chunks and snapshots. The
+rest of the step is left to `jaxckpt.planning.search`.
 
 Seconds are those of the time model (`jaxckpt.analysis.cost`): three times a forward pass for running and differentiating
 each block, what is run again, what goes to the host and comes back, and on CPUs the making of fresh memory. (Reading and
@@ -16,13 +17,16 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
+from jax.experimental.layout import Format, Layout
 
 from jaxckpt._plan import Knobs
+from jaxckpt._setting import with_knobs
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis.stages import find_cuts, pieces_between
 from jaxckpt.analysis.tradeoff import Choice, Tradeoff, tradeoff_of
 from jaxckpt.engine.schedule import least_advances
 from jaxckpt.engine.stack import Run
+from jaxckpt.memory.targets import Target
 
 _OF_BACKWARD = 2.0  # forward passes that differentiating a block takes
 _SNAPSHOTS = (2, 3, 4, 5, 7, 9, 12, 16, 24)
@@ -32,14 +36,17 @@ class Option(NamedTuple):
     """A setting of one stack.
 
     Fields:
-        stored_bytes: on the device, for all blocks. block_bytes: what autodiff wants at once while a block, or its largest
-            piece, is differentiated: an upper bound of what that takes, since XLA fuses some of it away.
+        stored_bytes: on the device, for all blocks.
+        kept_bytes: of one block, beside its inputs.
+        block_bytes: what autodiff wants at once while a block, or its largest piece, is differentiated: a guess at what that
+            takes, of which XLA fuses some away.
         seconds: of all blocks, forward and backward. forward_runs: of each block, parts of it by their time.
         family: options of one family take alike beside what they store.
     """
 
     knobs: Knobs
     stored_bytes: int
+    kept_bytes: int
     block_bytes: int
     seconds: float
     forward_runs: float
@@ -49,6 +56,11 @@ class Option(NamedTuple):
         knobs = self.knobs
         return knobs.stages is not None, bool(knobs.blocks_per_ckpt or knobs.snapshots), knobs.offload_carry
 
+    @property
+    def of_block(self) -> Knobs:
+        """What is kept in a block and how it is cut: the knobs on which depends what differentiating it takes."""
+        return Knobs(policy=self.knobs.policy, kept=self.knobs.kept, stages=self.knobs.stages)
+
 
 class Stack:
     """One stack of a step that is planned: what its settings cost.
@@ -56,10 +68,13 @@ class Stack:
     Attributes:
         run: as it was found in the step, under default knobs.
         trade: what one block can keep.
+        can_be_alone: whether the stack can be compiled without the rest of the step, for one device.
     """
 
     def __init__(self, run: Run, rates: Any):
         self.run, self.rates = run, rates
+        is_batched = any(jx.is_batched(leaf) for part in run.leaves for leaf in part)
+        self.can_be_alone = not is_batched and not jx.collective_axes(run.closed)
         flat = jx.inlined(run.closed, checkpoints=True)
         self.trade: Tradeoff = tradeoff_of(jx.merged(flat), rates)
         carry = [jax.typeof(run.leaves[1][i]) for i in run.moving]
@@ -75,6 +90,34 @@ class Stack:
             return None
         pieces = pieces_between(flat, cuts, wanted)
         return max(sum(wanted[piece.begin : piece.end]) for piece in pieces) + 2 * self.carry_bytes
+
+    def transient_bytes(self, of_block: Knobs, where: Target) -> int:
+        """What the compiled backward pass of the blocks takes beside what it is given and what it returns.
+
+        Only that pass is compiled, with the layouts that XLA likes for what is stored, as inside a step.
+        """
+        run = self.run.under(with_knobs(self.run.setting, of_block))
+        xs, carry, arrays = [[_type(leaf) for leaf in part] for part in run.leaves]
+
+        def forward(inputs: list[Any], arrays: list[Any], constants: list[Any]) -> Any:
+            def last_and_rest(*inputs: Any) -> list[Any]:
+                last, rest = run.execute(constants, list(inputs[: len(xs)]), list(inputs[len(xs) :]), arrays)
+                return [*last, *rest]
+
+            out, pull = jx.vjp_of_inexact(last_and_rest, inputs)
+            return pull, out
+
+        pull, cotangents = jax.eval_shape(forward, [*xs, *carry], arrays, list(map(_type, run.closed.consts)))
+        leaves, tree = jax.tree.flatten(pull)
+        given = where.place((leaves, cotangents))
+        backward = jax.jit(
+            lambda leaves, cotangents: jax.tree.unflatten(tree, leaves)(cotangents),
+            in_shardings=jax.tree.map(lambda leaf: Format(Layout.AUTO, leaf.sharding), given),
+        )
+        sizes = backward.lower(leaves, cotangents).compile().memory_analysis()
+        if sizes is None:
+            raise ValueError(f"the compiler for {where.name!r} does not say what memory its programs need")
+        return sizes.temp_size_in_bytes
 
     def options(self, may_offload: bool) -> list[Option]:
         """Those that no other beats in bytes and seconds, the fastest first."""
@@ -108,6 +151,8 @@ class Stack:
         all_stages = (None, "auto") if self.pieces_bytes else (None,)
         chunks = sorted({k for k in range(2, length) if length % k == 0 or k in (2, 3, 4, 6, 8, 12)})
         for stages, choice in itertools.product(all_stages, (nothing, *choices[1:])):
+            if stages and choice is choices[-1]:
+                continue  # nothing of it is run again in pieces
             keeping = Knobs(policy="planned" if choice.names else "nothing", kept=choice.names, stages=stages)
             yield self._option(keeping, choice)
             for k in chunks:
@@ -148,11 +193,16 @@ class Stack:
         block_bytes = choice.largest_bytes
         if knobs.stages and self.pieces_bytes:
             block_bytes = min(block_bytes, self.pieces_bytes)
-        return Option(knobs, stored, block_bytes, seconds, runs)
+        return Option(knobs, stored, choice.bytes, block_bytes, seconds, runs)
 
     @property
     def _floor(self) -> float:
         return self.trade.choices[-1].rerun_seconds
+
+
+def _type(leaf: Any) -> jax.ShapeDtypeStruct:
+    aval = jax.typeof(leaf)
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
 
 
 def _bytes(option: Option) -> int:

@@ -1,9 +1,10 @@
 """`plan`: the fastest setting of a step's stacks whose compiled peak fits into a budget.
 
 The model (`jaxckpt.planning.model`) ranks all settings by time and knows what they store. What they need beside that is
-learned: the fastest setting that should fit is compiled, the difference corrects the model for its likes, and so on, until
-the fastest that should fit is one that was compiled and does. What was compiled for a step once is known to later plans for
-it, so that in one process more memory never gives a slower plan.
+asked of the compiler, of the fastest setting that should fit: first what differentiating one of its blocks takes, which is
+soon compiled and holds for all settings with such blocks, then the peak of the whole step. The difference corrects the model
+for its likes, and so on, until the fastest that should fit is one that was compiled and does. What was compiled for a step
+once is known to later plans for it, so that in one process more memory never gives a slower plan.
 """
 
 import itertools
@@ -11,7 +12,7 @@ import math
 import os
 import time as clock
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -19,7 +20,7 @@ import jax
 from tqdm import tqdm
 
 from jaxckpt._leaves import split_arrays
-from jaxckpt._plan import Candidate, Plan, StackPlan, under
+from jaxckpt._plan import Candidate, Knobs, Plan, StackPlan, under
 from jaxckpt._sizes import size_of, size_text
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.engine.stack import Run, described
@@ -30,9 +31,13 @@ from jaxckpt.memory.explain import runs_of
 from jaxckpt.memory.measure import measure, seconds_in_turns
 from jaxckpt.planning.model import Option, Stack
 
-_FUSED = 0.75  # of what autodiff wants of a block, what XLA really has alive: 0.74 to 0.76 in the models of the benchmarks
-_MOST = 8  # compilations of one plan
-_SECONDS = 45  # after which none is begun, once something fits
+_HOPED = 0.5  # of what autodiff wants of a block, what XLA may have alive at once: 0.35 to 0.76 in the benchmarks
+_HOPED_THEN, _HOPED_BEFORE = 0.75, 0.95  # of what a block takes that keeps less, or more
+_WORTH = 0.998  # of the seconds of the best so far; what is not faster is not worth compiling
+_IN_DOUBT = 1.02  # of the least peak so far; what the model says needs more than that is not compiled
+_MOST = 8  # compilations of the whole step for one plan
+_SECONDS = 40  # after which nothing is compiled any more, once something fits
+_SECONDS_OF_BLOCKS = 28  # after which no block is compiled alone
 _TIMED = 6  # settings that are run for real
 _WIDEST = 20_000  # combinations of several stacks that are looked at
 
@@ -51,10 +56,6 @@ class Combination(NamedTuple):
         return sum(option.stored_bytes for option in self.options)
 
     @property
-    def block_bytes(self) -> int:
-        return max(option.block_bytes for option in self.options)
-
-    @property
     def family(self) -> tuple[Any, ...]:
         return tuple(option.family for option in self.options)
 
@@ -66,43 +67,74 @@ class _Compiled(NamedTuple):
     predicted_bytes: int
 
 
-class _Peaks:
-    """What combinations need: as the compiler said, or as the model says, corrected by what the compiler said of others."""
+@dataclass
+class _Known:
+    """What the compiler said of one step.
 
-    def __init__(self, fixed: int, known: dict[Combination, _Compiled]):
+    Fields:
+        compiled: of the whole step under a combination.
+        transients: what a block keeps, and what differentiating it takes, by the stack and `Option.of_block`.
+    """
+
+    compiled: dict[Combination, _Compiled] = field(default_factory=dict)
+    transients: dict[tuple[int, Knobs], tuple[int, int]] = field(default_factory=dict)
+
+
+class _Peaks:
+    """What combinations need: as the compiler said, or as the model says.
+
+    By the model that is: `fixed`, the arguments and results of the step; what the stacks store; what differentiating a block
+    takes, of the stack where that is most; and what was needed beside that where settings alike were compiled.
+    """
+
+    def __init__(self, fixed: int, known: _Known):
         self.fixed, self.known = fixed, known
 
     def predicted(self, c: Combination) -> float:
         """The peak by the model."""
-        near = sorted(
-            (other for other in self.known if other.family == c.family), key=lambda o: abs(o.stored_bytes - c.stored_bytes)
-        )[:2]
-        # Beside what is stored and what one block wants, those alike need about the same.
-        rest = [self.known[other].peak_bytes - other.stored_bytes - self._fused * other.block_bytes for other in near]
-        if not near:
-            rest = [self.fixed]
-        elif len(near) == 2 and near[0].stored_bytes != near[1].stored_bytes:
-            # A line through the two nearest, and not beyond what they need.
-            share = (c.stored_bytes - near[0].stored_bytes) / (near[1].stored_bytes - near[0].stored_bytes)
-            rest[0] += min(1.0, max(0.0, share)) * (rest[1] - rest[0])
-        return c.stored_bytes + self._fused * c.block_bytes + rest[0]
+        return self._without_rest(c) + self._rest(c)
 
     def peak(self, c: Combination) -> float:
         """The compiled peak, if it is known, or the predicted one."""
-        return self.known[c].peak_bytes if c in self.known else self.predicted(c)
+        found = self.known.compiled.get(c)
+        return self.predicted(c) if found is None else found.peak_bytes
 
-    @property
-    def _fused(self) -> float:
-        shares = [
-            (found.peak_bytes - c.stored_bytes - self.fixed) / c.block_bytes
-            for c, found in self.known.items()
-            if c.block_bytes > 0.2 * c.stored_bytes
-        ]
-        return min(1.5, max(0.2, sum(shares) / len(shares))) if shares else _FUSED
+    def _without_rest(self, c: Combination) -> float:
+        return self.fixed + c.stored_bytes + max(self._transient(i, option) for i, option in enumerate(c.options))
+
+    def _rest(self, c: Combination) -> float:
+        # The model of a scan without chunks is exact: what it misses there, the rest of the step needs under any setting.
+        scans = tuple((False, False, False) for _ in c.options)
+        alike = [[other for other in self.known.compiled if other.family == family] for family in (c.family, scans)]
+        near = sorted(alike[0] or alike[1], key=lambda other: _distance(other.stored_bytes, c.stored_bytes))[:2]
+        rest = [self.known.compiled[other].peak_bytes - self._without_rest(other) for other in near]
+        if len(near) < 2 or near[0].stored_bytes == near[1].stored_bytes:
+            return rest[0] if rest else 0.0
+        # A line through the two nearest, and not beyond what they need.
+        share = (c.stored_bytes - near[0].stored_bytes) / (near[1].stored_bytes - near[0].stored_bytes)
+        return rest[0] + min(1.0, max(0.0, share)) * (rest[1] - rest[0])
+
+    def _transient(self, i: int, option: Option) -> float:
+        """What differentiating a block of the `i`-th stack takes; a hopeful guess where the compiler was not asked."""
+        if (found := self.known.transients.get((i, option.of_block))) is not None:
+            return found[1]
+        sizes = sorted(
+            found
+            for (stack, knobs), found in self.known.transients.items()
+            if stack == i and knobs.stages == option.knobs.stages
+        )
+        # What keeps more takes less as a rule, sometimes by a quarter from one choice to the next.
+        fewer = [_HOPED_THEN * taken for kept, taken in sizes if kept <= option.kept_bytes][-1:]
+        more = [_HOPED_BEFORE * taken for kept, taken in sizes if kept > option.kept_bytes][:1]
+        return max([*fewer, *more], default=_HOPED * option.block_bytes)
+
+
+def _distance(a: int, b: int) -> float:
+    return abs(math.log((a + 1) / (b + 1)))
 
 
 # By step, and by what else the compiler is told.
-_known: WeakKeyDictionary[Any, dict[Any, dict[Combination, _Compiled]]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[Any, dict[Any, _Known]] = WeakKeyDictionary()
 
 
 def plan(
@@ -147,6 +179,7 @@ def plan(
     """
     if objective not in ("time", "memory"):
         raise ValueError(f"objective must be 'time' or 'memory'; got {objective!r}")
+    begin = clock.monotonic()
     where = targets.get("attached" if target is None else target)
     limit = _limit(budget, objective, where)
     if time and not where.is_present:
@@ -161,71 +194,25 @@ def plan(
     signature = tuple((name, run.length, jx.digest(run.closed)) for name, run in runs.items())
     shapes = jax.tree.map(lambda leaf: str(jax.typeof(leaf)), split_arrays(args)[0])
     known = _known_of(step, (signature, str(shapes), str(where.devices[0]), where.count))
-    peaks = _Peaks(_fixed_bytes(step, args), known)
-    bar = tqdm(desc="plan", unit="compilation", disable=not progress or None)
-    begin = clock.monotonic()
-
-    def compiled(c: Combination) -> int:
-        if c not in known:
-            bar.set_description(f"plan: compiling {_text(c)}")
-            with under(dict(zip(stacks, (option.knobs for option in c.options), strict=True))):
-                found = measure(step, *args, target=where)
-            known[c] = _Compiled(found.peak_bytes, round(peaks.predicted(c)))
-            bar.update()
-        return known[c].peak_bytes
-
-    def search(limit: float) -> Combination | None:
-        for count in itertools.count():
-            fitting = [c for c in combinations if peaks.peak(c) <= limit]
-            is_late = count >= _MOST or clock.monotonic() - begin > _SECONDS
-            if is_late and (there := [c for c in fitting if c in known]):
-                return min(there, key=lambda c: c.seconds)
-            if not fitting:
-                return None
-            best = min(fitting, key=lambda c: (c.seconds, peaks.peak(c)))
-            if best in known:
-                return best
-            compiled(best)
-
-    def least() -> Combination:
-        while (best := min(combinations, key=peaks.peak)) not in known:
-            compiled(best)
-        return best
-
-    with bar:
-        if objective == "memory":
-            chosen = least()
-            chosen = chosen if known[chosen].peak_bytes <= limit else None
-        else:
-            chosen = search(limit)
+    with tqdm(desc="plan", unit="compilation", disable=not progress or None) as bar:
+        search = _Search(step, args, where, stacks, combinations, known, bar, begin)
+        chosen = search.fastest(limit) if objective == "time" else None
         if chosen is None:
-            best = least()
-            if known[best].peak_bytes > limit:
-                raise ValueError(_too_little(limit, known[best].peak_bytes, best, stacks, args))
-            chosen = best
+            chosen = search.least()
+            if search.compiled(chosen) > limit:
+                raise ValueError(_too_little(limit, search.compiled(chosen), chosen, stacks, args))
+        measured: dict[Combination, float] = {}
+        if time:
+            measured = search.timed(limit)
+            chosen = min(measured, key=measured.__getitem__)
     everything = Combination(tuple(stack.everything() for stack in stacks.values()))
 
     def candidate(c: Combination) -> Candidate:
         runs = sum(option.forward_runs * option.seconds for option in c.options) / c.seconds
-        return Candidate(_text(c), known[c].predicted_bytes, c.seconds, runs, known[c].peak_bytes)
+        peak, predicted = known.compiled[c]
+        return Candidate(_text(c), predicted, c.seconds, runs, peak, measured.get(c))
 
-    measured: dict[Combination, float] = {}
-    if time:
-        plain = Combination(tuple(stack.plain() for stack in stacks.values()))
-        compiled(plain)
-        for part in (2, 4, 8):  # settings of less memory, which may be faster in truth
-            search(limit / part)
-        fits = sorted((c for c in known if known[c].peak_bytes <= limit), key=lambda c: c.seconds)
-        # Of those that fit some of all speeds by the model, the fastest and the slowest among them.
-        fits = [fits[i * (len(fits) - 1) // (_TIMED - 1)] for i in range(_TIMED)] if len(fits) > _TIMED else fits
-        fits = list(dict.fromkeys([*fits, *[plain] * (known[plain].peak_bytes <= limit)]))
-        programs = []
-        for c in fits:
-            with under(dict(zip(stacks, (option.knobs for option in c.options), strict=True))):
-                programs.append((step if hasattr(step, "lower") else jax.jit(step)).lower(*where.place(args)))
-        measured = dict(zip(fits, seconds_in_turns(programs, args, where), strict=True))
-        chosen = min(measured, key=measured.__getitem__)
-    rows = {c: replace(candidate(c), measured_seconds=measured.get(c)) for c in known}
+    rows = {c: candidate(c) for c in known.compiled}
     return Plan(
         stacks={
             name: StackPlan(
@@ -241,9 +228,116 @@ def plan(
         budget_bytes=None if limit == math.inf else int(limit),
         chosen=rows[chosen],
         candidates=tuple(sorted(rows.values(), key=lambda row: row.seconds)),
-        least_bytes=round(min(map(peaks.peak, combinations))),
-        most_bytes=round(peaks.peak(everything)),
+        least_bytes=round(min(map(search.peaks.peak, combinations))),
+        most_bytes=round(search.peaks.peak(everything)),
     )
+
+
+class _Search:
+    """Asks the compiler for what one plan needs to know."""
+
+    def __init__(
+        self,
+        step: Callable[..., Any],
+        args: tuple[Any, ...],
+        where: targets.Target,
+        stacks: dict[str, Stack],
+        combinations: list[Combination],
+        known: _Known,
+        bar: Any,
+        begin: float,
+    ):
+        self.step, self.args, self.where, self.stacks, self.bar = step, args, where, stacks, bar
+        self.combinations, self.known, self.peaks = combinations, known, _Peaks(_fixed_bytes(step, args), known)
+        self.begin, self.count = begin, 0
+
+    def fastest(self, limit: float) -> Combination | None:
+        """The fastest combination whose compiled peak is within the limit, or None if the model finds none."""
+        while True:
+            fitting = [c for c in self._considered() if self.peaks.peak(c) <= limit]
+            if not fitting:
+                return None
+            best = min(fitting, key=lambda c: (c.seconds, self.peaks.peak(c)))
+            there = min((c for c in fitting if c in self.known.compiled), key=lambda c: c.seconds, default=None)
+            if there is not None and (best.seconds > _WORTH * there.seconds or self.is_late):
+                return there
+            self._ask(best)
+
+    def least(self) -> Combination:
+        """The combination of the least compiled peak, as far as the model can tell which to compile."""
+        while True:
+            new = [c for c in self._considered() if c not in self.known.compiled]
+            there = min(self.known.compiled, key=self.peaks.peak, default=None)
+            if there is not None and (not new or self.is_late):
+                return there
+            best = min(new, key=self.peaks.predicted)
+            if there is not None and self.peaks.predicted(best) > _IN_DOUBT * self.peaks.peak(there):
+                return there
+            self._ask(best)
+
+    def timed(self, limit: float) -> dict[Combination, float]:
+        """The seconds of some combinations within the limit, the default knobs among them if these are."""
+        plain = Combination(tuple(stack.plain() for stack in self.stacks.values()))
+        self.compiled(plain)
+        for part in (2, 4, 8):  # settings of less memory, which may be faster in truth
+            self.fastest(limit / part)
+        peaks = self.known.compiled
+        fits = sorted((c for c in peaks if peaks[c].peak_bytes <= limit), key=lambda c: c.seconds)
+        # Of those that fit some of all speeds by the model, the fastest and the slowest among them.
+        fits = [fits[i * (len(fits) - 1) // (_TIMED - 1)] for i in range(_TIMED)] if len(fits) > _TIMED else fits
+        fits = list(dict.fromkeys([*fits, *[plain] * (peaks[plain].peak_bytes <= limit)]))
+        programs = []
+        for c in fits:
+            with self._under(c):
+                programs.append(
+                    (self.step if hasattr(self.step, "lower") else jax.jit(self.step)).lower(*self.where.place(self.args))
+                )
+        return dict(zip(fits, seconds_in_turns(programs, self.args, self.where), strict=True))
+
+    def compiled(self, c: Combination) -> int:
+        """The peak of the whole step."""
+        if c not in self.known.compiled:
+            self.bar.set_description(f"plan: compiling {_text(c)}")
+            with self._under(c):
+                found = measure(self.step, *self.args, target=self.where)
+            self.known.compiled[c] = _Compiled(found.peak_bytes, round(self.peaks.predicted(c)))
+            self.count += 1
+            self.bar.update()
+        return self.known.compiled[c].peak_bytes
+
+    @property
+    def is_late(self) -> bool:
+        """Whether this plan has compiled enough."""
+        return self.count >= _MOST or clock.monotonic() - self.begin > _SECONDS
+
+    def _considered(self) -> list[Combination]:
+        """All combinations; once the time for blocks is over, those of which nothing is guessed."""
+        if self._has_time_for_blocks:
+            return self.combinations
+        return [c for c in self.combinations if c in self.known.compiled or not self._unknown(c)] or self.combinations
+
+    def _ask(self, c: Combination) -> None:
+        """Learns what a block of one stack takes, if that is not known and there is time, or else the peak of the step."""
+        for i in self._unknown(c) if self._has_time_for_blocks and self.where.count == 1 else []:
+            stack, option = list(self.stacks.values())[i], c.options[i]
+            if stack.can_be_alone:
+                self.bar.set_description(f"plan: compiling one block, {option.of_block}")
+                found = stack.transient_bytes(option.of_block, self.where)
+                self.known.transients[i, option.of_block] = option.kept_bytes, found
+                self.bar.update()
+                return
+        self.compiled(c)
+
+    def _unknown(self, c: Combination) -> list[int]:
+        """The stacks of which it is not known what a block takes."""
+        return [i for i, option in enumerate(c.options) if (i, option.of_block) not in self.known.transients]
+
+    @property
+    def _has_time_for_blocks(self) -> bool:
+        return clock.monotonic() - self.begin < _SECONDS_OF_BLOCKS
+
+    def _under(self, c: Combination) -> Any:
+        return under(dict(zip(self.stacks, (option.knobs for option in c.options), strict=True)))
 
 
 def forget() -> None:
@@ -251,11 +345,11 @@ def forget() -> None:
     _known.clear()
 
 
-def _known_of(step: Callable[..., Any], key: Any) -> dict[Combination, _Compiled]:
+def _known_of(step: Callable[..., Any], key: Any) -> _Known:
     try:
-        return _known.setdefault(step, {}).setdefault(key, {})
+        return _known.setdefault(step, {}).setdefault(key, _Known())
     except TypeError:  # what cannot be referred to weakly is not remembered
-        return {}
+        return _Known()
 
 
 def _limit(budget: str | int | None, objective: str, where: targets.Target) -> float:

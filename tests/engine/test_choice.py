@@ -211,7 +211,9 @@ def test_cheap_keeps_what_derivatives_want_inside_of_rules_and_loops(name, primi
     if name == "checkpoint":  # whose own re-run is gone: what the whole block keeps is the policy's
         assert counted("cheap") < counted("everything")
     else:
-        assert counted("cheap") == counted("everything") < counted("nothing")
+        # `x @ p["in"]` stands twice in the block with a rule, and is computed once and differentiated once, by two products.
+        twice = 3 if name == "custom_vjp" else 0
+        assert counted("cheap") == counted("everything") - twice < counted("nothing") - twice
 
 
 def test_flash_attention_keeps_its_output_and_its_sums():
