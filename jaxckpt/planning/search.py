@@ -34,10 +34,10 @@ from jaxckpt.planning.model import Option, Stack
 _HOPED = 0.5  # of what autodiff wants of a block, what XLA may have alive at once: 0.35 to 0.76 in the benchmarks
 _HOPED_THEN, _HOPED_BEFORE = 0.75, 0.95  # of what a block takes that keeps less, or more
 _WORTH = 0.998  # of the seconds of the best so far; what is not faster is not worth compiling
-_IN_DOUBT = 1.02  # of the least peak so far; what the model says needs more than that is not compiled
+_IN_DOUBT = 1.02  # of what the model says, what the compiler may still do with less
 _MOST = 8  # compilations of the whole step for one plan
-_SECONDS = 40  # after which nothing is compiled any more, once something fits
-_SECONDS_OF_BLOCKS = 28  # after which no block is compiled alone
+_SECONDS = 38  # after which nothing is compiled any more, once something fits
+_SECONDS_OF_BLOCKS = 25  # after which no block is compiled alone
 _TIMED = 6  # settings that are run for real
 _WIDEST = 20_000  # combinations of several stacks that are looked at
 
@@ -179,7 +179,6 @@ def plan(
     """
     if objective not in ("time", "memory"):
         raise ValueError(f"objective must be 'time' or 'memory'; got {objective!r}")
-    begin = clock.monotonic()
     where = targets.get("attached" if target is None else target)
     limit = _limit(budget, objective, where)
     if time and not where.is_present:
@@ -195,7 +194,7 @@ def plan(
     shapes = jax.tree.map(lambda leaf: str(jax.typeof(leaf)), split_arrays(args)[0])
     known = _known_of(step, (signature, str(shapes), str(where.devices[0]), where.count))
     with tqdm(desc="plan", unit="compilation", disable=not progress or None) as bar:
-        search = _Search(step, args, where, stacks, combinations, known, bar, begin)
+        search = _Search(step, args, where, stacks, combinations, known, bar)
         chosen = search.fastest(limit) if objective == "time" else None
         if chosen is None:
             chosen = search.least()
@@ -245,26 +244,32 @@ class _Search:
         combinations: list[Combination],
         known: _Known,
         bar: Any,
-        begin: float,
     ):
         self.step, self.args, self.where, self.stacks, self.bar = step, args, where, stacks, bar
         self.combinations, self.known, self.peaks = combinations, known, _Peaks(_fixed_bytes(step, args), known)
-        self.begin, self.count = begin, 0
+        self.begin, self.count = clock.monotonic(), 0
 
     def fastest(self, limit: float) -> Combination | None:
-        """The fastest combination whose compiled peak is within the limit, or None if the model finds none."""
+        """The fastest combination whose compiled peak is within the limit, or None if the model finds none.
+
+        Time only counts once something fits; until then what the model refuses by a little is tried too.
+        """
         while True:
             fitting = [c for c in self._considered() if self.peaks.peak(c) <= limit]
+            there = min((c for c in fitting if c in self.known.compiled), key=lambda c: c.seconds, default=None)
+            if not fitting:
+                new = [c for c in self.combinations if c not in self.known.compiled]
+                fitting = [c for c in new if self.peaks.predicted(c) <= _IN_DOUBT * limit]
             if not fitting:
                 return None
             best = min(fitting, key=lambda c: (c.seconds, self.peaks.peak(c)))
-            there = min((c for c in fitting if c in self.known.compiled), key=lambda c: c.seconds, default=None)
             if there is not None and (best.seconds > _WORTH * there.seconds or self.is_late):
                 return there
             self._ask(best)
 
     def least(self) -> Combination:
         """The combination of the least compiled peak, as far as the model can tell which to compile."""
+        self.begin = clock.monotonic()
         while True:
             new = [c for c in self._considered() if c not in self.known.compiled]
             there = min(self.known.compiled, key=self.peaks.peak, default=None)
@@ -278,10 +283,11 @@ class _Search:
     def timed(self, limit: float) -> dict[Combination, float]:
         """The seconds of some combinations within the limit, the default knobs among them if these are."""
         plain = Combination(tuple(stack.plain() for stack in self.stacks.values()))
-        self.compiled(plain)
-        for part in (2, 4, 8):  # settings of less memory, which may be faster in truth
-            self.fastest(limit / part)
         peaks = self.known.compiled
+        least = min(self.compiled(plain), *(found.peak_bytes for found in peaks.values()))
+        for part in (2, 4, 8):  # settings of less memory, which may be faster in truth
+            if limit / part >= least:
+                self.fastest(limit / part)
         fits = sorted((c for c in peaks if peaks[c].peak_bytes <= limit), key=lambda c: c.seconds)
         # Of those that fit some of all speeds by the model, the fastest and the slowest among them.
         fits = [fits[i * (len(fits) - 1) // (_TIMED - 1)] for i in range(_TIMED)] if len(fits) > _TIMED else fits
@@ -312,13 +318,13 @@ class _Search:
 
     def _considered(self) -> list[Combination]:
         """All combinations; once the time for blocks is over, those of which nothing is guessed."""
-        if self._has_time_for_blocks:
+        if clock.monotonic() - self.begin < _SECONDS_OF_BLOCKS:
             return self.combinations
         return [c for c in self.combinations if c in self.known.compiled or not self._unknown(c)] or self.combinations
 
     def _ask(self, c: Combination) -> None:
-        """Learns what a block of one stack takes, if that is not known and there is time, or else the peak of the step."""
-        for i in self._unknown(c) if self._has_time_for_blocks and self.where.count == 1 else []:
+        """Learns what a block of one stack takes, where that is not known, or else the peak of the step."""
+        for i in self._unknown(c) if self.where.count == 1 else []:
             stack, option = list(self.stacks.values())[i], c.options[i]
             if stack.can_be_alone:
                 self.bar.set_description(f"plan: compiling one block, {option.of_block}")
@@ -331,10 +337,6 @@ class _Search:
     def _unknown(self, c: Combination) -> list[int]:
         """The stacks of which it is not known what a block takes."""
         return [i for i, option in enumerate(c.options) if (i, option.of_block) not in self.known.transients]
-
-    @property
-    def _has_time_for_blocks(self) -> bool:
-        return clock.monotonic() - self.begin < _SECONDS_OF_BLOCKS
 
     def _under(self, c: Combination) -> Any:
         return under(dict(zip(self.stacks, (option.knobs for option in c.options), strict=True)))

@@ -125,6 +125,41 @@ def test_forwarded(fn, source):
     assert jx.forwarded(jx.trace(fn, A, B).jaxpr) == source
 
 
+def merged(fn, *args):
+    return jx.merged(jx.inlined(jx.trace(fn, *args)))
+
+
+@pytest.mark.parametrize(
+    "fn, left",
+    [
+        (lambda a, b: jnp.sin(a) * jnp.sin(a), ["sin", "mul"]),
+        (lambda a, b: jnp.sin(a + b) + jnp.cos(a + b), ["add", "sin", "cos", "add"]),
+        (lambda a, b: jnp.sin(a + b) + jnp.sin(b + a), ["add", "sin", "add", "sin", "add"]),  # equal, but not as they stand
+        (lambda a, b: a * 0.0 + a * -0.0, ["mul", "mul", "add"]),
+        (lambda a, b: a.astype("float16").sum() + a.astype("bfloat16").sum(), None),
+        (lambda a, b: checkpoint_name(a, "one") + checkpoint_name(a, "two"), ["name", "name", "add"]),
+        (lambda a, b: jax.jit(jnp.sin)(a) + jax.jit(jnp.sin)(a), ["sin", "add"]),
+        (lambda a, b: clipped(a) + clipped(a), None),  # what has a derivative of its own is left alone
+    ],
+)
+def test_what_is_computed_twice_is_merged(fn, left):
+    before, after = jx.inlined(jx.trace(fn, A, B)), merged(fn, A, B)
+    if left is None:
+        assert len(after.jaxpr.eqns) == len(before.jaxpr.eqns)
+    else:
+        assert [eqn.primitive.name for eqn in after.jaxpr.eqns] == left
+    assert jx.as_function(after)(A, B)[0].tolist() == jx.as_function(before)(A, B)[0].tolist()
+
+
+def test_side_effects_are_not_merged():
+    def fn(a):
+        jax.debug.print("{}", a)
+        jax.debug.print("{}", a)
+        return a
+
+    assert len(merged(fn, A).jaxpr.eqns) == 2
+
+
 @pytest.mark.parametrize("identity, factor", [(clipped, 0.5), (halved, 0.5), (lax.stop_gradient, 0.0), (lambda z: z, 1.0)])
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("k", [None, 2])

@@ -24,6 +24,8 @@ def test_budgets_are_kept_on_a_gpu(h200):
     budgets = [least, (3 * least * most) // (2 * least + most), most]
     found = [plan(step, *args, budget=budget, target=h200, progress=False) for budget in budgets]
     assert all(p.peak_bytes <= budget for p, budget in zip(found, budgets, strict=True))
+    # What the model had said before the step was compiled.
+    assert [p.chosen.predicted_bytes for p in found] == [pytest.approx(p.peak_bytes, rel=0.05) for p in found]
     assert [p.chosen.seconds for p in found] == sorted((p.chosen.seconds for p in found), reverse=True)
     assert found[-1].chosen.forward_runs == pytest.approx(1, abs=0.02) and found[0].chosen.forward_runs > 1.5
     with pytest.raises(ValueError, match=r"the least possible is .* bytes"):
