@@ -16,7 +16,7 @@ import jax
 from jaxckpt._sizes import size_text
 from jaxckpt._table import aligned
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,12 @@ class StackPlan:
             if name != "program" and value != getattr(self, name)
         ]
         if not other and found["program"] != self.program:
-            other = ["the block computes something else, though its name and types are the same"]
+            other = ["the block computes something else, though its name and types are the same (other flags, say)"]
         if other:
-            raise ValueError(f"{found['block']}: the plan is for another stack: {'; '.join(other)}. Run jaxckpt.plan again")
+            raise ValueError(
+                f"{found['block']}: the plan is for another stack: {'; '.join(other)}. Run jaxckpt.plan again; or, where "
+                "this is another use of the model, such as evaluation, build the stack without plan: the parameters fit"
+            )
 
 
 @dataclass(frozen=True)
@@ -144,11 +147,11 @@ class Plan:
         Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n")
 
     def around(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """`step` under the plan: what `plan="auto"` stacks in it are run with."""
+        """`step` under the plan: what `plan="auto"` stacks in it are run with. They must be those that were planned."""
 
         @functools.wraps(step)
         def planned(*args: Any, **keywords: Any) -> Any:
-            with under({name: stack.knobs for name, stack in self.stacks.items()}):
+            with under(self.stacks):
                 return step(*args, **keywords)
 
         return planned
@@ -161,10 +164,16 @@ def load(path: str | os.PathLike[str]) -> Plan:
         FileNotFoundError: there is no such file.
         ValueError: it is no plan, or one of another version of this format.
     """
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"plan={os.fspath(path)!r} is no file: write 'auto', 'auto:NAME', or the path of a plan that was saved"
+        )
     try:
         found = json.loads(Path(path).read_text())
         if found.pop("format") != _FORMAT:
             raise ValueError("it is of another version of jaxckpt")
+        if not found["stacks"]:
+            raise ValueError("it has no stacks")
         stacks = {name: _stack(fields) for name, fields in found.pop("stacks").items()}
         candidates = tuple(Candidate(**fields) for fields in found.pop("candidates"))
         return Plan(stacks=stacks, candidates=candidates, chosen=Candidate(**found.pop("chosen")), **found)
@@ -207,22 +216,22 @@ def pinned(plan: "Plan | StackPlan | str | os.PathLike[str]") -> StackPlan:
     return stack
 
 
-_active: ContextVar[Mapping[str, Knobs] | None] = ContextVar("active", default=None)
+_active: ContextVar[Mapping[str, StackPlan | Knobs] | None] = ContextVar("active", default=None)
 _traced_under = jax.make_user_context(None)  # what is jitted inside is traced anew under other knobs
 
 
 @contextlib.contextmanager
-def under(knobs: Mapping[str, Knobs]) -> Iterator[None]:
-    """Runs stacks that were built with `plan="auto:NAME"` with the knobs of that name."""
-    token = _active.set(knobs)
+def under(plans: Mapping[str, StackPlan | Knobs]) -> Iterator[None]:
+    """Runs stacks that were built with `plan="auto:NAME"` as the plan of that name says, which is checked, or its knobs."""
+    token = _active.set(plans)
     try:
-        with _traced_under(tuple(sorted(knobs.items(), key=lambda item: item[0]))):
+        with _traced_under(tuple(sorted(plans.items(), key=lambda item: item[0]))):
             yield
     finally:
         _active.reset(token)
 
 
-def active_knobs(name: str) -> Knobs | None:
+def active(name: str) -> StackPlan | Knobs | None:
     """What `under` says of a stack."""
-    knobs = _active.get()
-    return None if knobs is None else knobs.get(name)
+    plans = _active.get()
+    return None if plans is None else plans.get(name)

@@ -112,10 +112,10 @@ def _planned(
     others: dict[str, Any],
 ) -> Setting:
     """The knobs that a plan pins; for "auto", the default ones, until the stack is run under a plan."""
-    if found := [f"{name}={value!r}" for name, value in others.items() if value is not None]:
-        raise ValueError(f"plan={plan!r} sets all knobs, and {', '.join(found)} is given beside it: leave one of them away")
-    if unroll is True or unroll != 1:
-        raise ValueError(f"plan={plan!r} sets all knobs, and unroll={unroll!r} is given beside it: leave one of them away")
+    said = f"plan={plan!r}" if isinstance(plan, (str, os.PathLike)) else "plan="
+    given = {**others, "unroll": unroll if unroll is True or unroll != 1 else None}
+    if found := [f"{name}={value!r}" for name, value in given.items() if value is not None]:
+        raise ValueError(f"{said} sets all knobs, and {', '.join(found)} is given beside it: leave one of them away")
     if not isinstance(plan, (str, os.PathLike, Plan, StackPlan)):
         raise TypeError(f"plan must be 'auto', 'auto:NAME', a plan of jaxckpt.plan or its file; got {plan!r}")
     setting = make_setting(length, None, None, has_aux, per_block, 1)

@@ -134,14 +134,14 @@ def merged(closed: Any) -> Any:
 
 
 def _computation(eqn: Any) -> Any:
-    """What an equation computes of which values, as a key; None where that cannot be compared."""
-    if eqn.effects or inner_jaxprs(eqn):
+    """What an equation computes of which values, and how (on the host, say), as a key; None where that has none."""
+    if eqn.effects or inner_jaxprs(eqn) or eqn.primitive.name == "rng_uniform":  # whose draws differ each time
         return None
     given = tuple((v.aval, np.asarray(v.val).tobytes()) if isinstance(v, core.Literal) else v for v in eqn.invars)
+    key = eqn.primitive, given, tuple(sorted(eqn.params.items())), eqn.ctx
     try:
-        key = eqn.primitive, given, tuple(sorted(eqn.params.items()))
         hash(key)
-    except TypeError:  # parameters that have no order or no hash
+    except TypeError:  # of parameters that have no hash
         return None
     return key
 
@@ -411,7 +411,9 @@ def _opened(eqn: Any, number: int, names: Container[str] | None) -> Callable[...
 
 
 def _can_be_tagged(aval: Any) -> bool:
-    return isinstance(getattr(aval, "dtype", None), np.dtype) and nbytes(aval) > 0
+    if not isinstance(getattr(aval, "dtype", None), np.dtype) or nbytes(aval) == 0:
+        return False
+    return not jnp.issubdtype(aval.dtype, jnp.complexfloating)  # JAX cannot keep those by name
 
 
 def nbytes(aval: Any) -> int:

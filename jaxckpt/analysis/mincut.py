@@ -131,7 +131,7 @@ def _cut(graph: Graph, prices: Sequence[float], costs: Sequence[float]) -> Cut:
     for e in range(equations):
         edges.append((equation + e, sink, round(scale * costs[e])))
         edges += [(equation + e, v, _NEVER) for v in dict.fromkeys(graph.needs[e])]
-    begin, end, capacity = np.array(edges, np.int32).T
+    begin, end, capacity = np.array(edges, np.int32).reshape(-1, 3).T
     network = coo_array((capacity, (begin, end)), shape=(sink + 1, sink + 1)).tocsr()
     left = network - maximum_flow(network, source, sink).flow
     left.eliminate_zeros()

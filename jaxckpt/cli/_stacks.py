@@ -44,8 +44,8 @@ MODELS: dict[str, Callable[[int], tuple[Any, list[tuple[int, ...]]]]] = {
 }
 
 
-def add_stack_options(parser: argparse.ArgumentParser, stack: bool = True) -> None:
-    """`--model` with its `--blocks` and `--tokens`, or, unless that is not wanted, `--stack`."""
+def add_stack_options(parser: argparse.ArgumentParser, stack: bool = True) -> Any:
+    """`--model` with its `--blocks` and `--tokens`, or, unless that is not wanted, `--stack`; the group of these two."""
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--model", choices=MODELS, default="transformer", help="one of jaxckpt's own (default: %(default)s)")
     parser.set_defaults(stack=None)
@@ -59,6 +59,7 @@ def add_stack_options(parser: argparse.ArgumentParser, stack: bool = True) -> No
         )
     parser.add_argument("--blocks", type=_positive, default=48, help="of --model (default: %(default)s)")
     parser.add_argument("--tokens", type=_positive, default=384, help="of --model (default: %(default)s)")
+    return which
 
 
 def chosen_stack(options: argparse.Namespace, **knobs: Any) -> Call:

@@ -17,8 +17,7 @@ from jaxckpt.memory import targets
 def add_parser(commands: Any) -> None:
     about = "find the fastest setting that fits into a budget of memory"
     parser = commands.add_parser("plan", help=about, description=about)
-    add_stack_options(parser, stack=False)
-    parser.add_argument(
+    add_stack_options(parser, stack=False).add_argument(
         "--step",
         metavar="MODULE:MAKE",
         help="a training step of yours in place of --model: MAKE() returns (step, args); stacks in it that are built with "
@@ -41,8 +40,9 @@ def run(options: argparse.Namespace) -> int:
     try:
         if options.plot is not None:
             check_plot(options.plot)
-        if options.out is not None and not options.out.parent.is_dir():
-            raise ValueError(f"--out {options.out}: there is no folder {options.out.parent}")
+        if options.out is not None and (options.out.is_dir() or not options.out.parent.is_dir()):
+            wrong = "that is a folder" if options.out.is_dir() else f"there is no folder {options.out.parent}"
+            raise ValueError(f"--out {options.out}: {wrong}; write the path of a file, such as plan.json")
         step, args = _step(options)
         knobs = {name: getattr(options, name) for name in ("budget", "target", "objective", "time", "calibrate")}
         found = plan(step, *args, **knobs)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxckpt._leaves import is_array, replaced, stacked_length
-from jaxckpt._plan import StackPlan, active_knobs
+from jaxckpt._plan import StackPlan, active
 from jaxckpt._setting import Setting, check_blocks_per_ckpt, check_snapshots, with_knobs
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis.stages import Piece, cuts_at_tags, find_cuts, in_pieces, pieces_between
@@ -56,8 +56,9 @@ def run_stack(
     Raises:
         TypeError, ValueError: see `jaxckpt.engine.check`.
     """
-    if isinstance(setting.plan, str) and (knobs := active_knobs(setting.plan)) is not None:
-        setting = with_knobs(setting, knobs)
+    planned = active(setting.plan) if isinstance(setting.plan, str) else setting.plan
+    if isinstance(setting.plan, str) and planned is not None:
+        setting = with_knobs(setting, planned.knobs if isinstance(planned, StackPlan) else planned)
     if setting.blocks_per_ckpt is not None:
         check_blocks_per_ckpt(setting.blocks_per_ckpt, length)
     if setting.snapshots is not None:
@@ -69,8 +70,8 @@ def run_stack(
         traced = _trace(block, setting, xs, carry, shared, names)
     finally:
         observed.reset(token)
-    if isinstance(setting.plan, StackPlan):
-        setting.plan.check(block=names.block, **described(traced.closed, traced.carry, length))
+    if isinstance(planned, StackPlan):
+        planned.check(block=names.block, **described(traced.closed, traced.carry, length))
     check.effects(traced.closed, setting, names)
     through_scan = setting.offload_carry and setting.engine == "scan"
     closed, keep, chosen = _resolve(setting, traced.closed, names)
@@ -97,8 +98,8 @@ def run_stack(
         leaves=(x_leaves, traced.carry, traced.arrays),
         carry_names=names.leaves(carry),
     )
-    if (seen := observed.get()) is not None:
-        seen.append(run)
+    if (see := observed.get()) is not None:
+        see(run)
     last, ys = run.execute(closed.consts, *run.leaves, mark=guarded.mark)
     stacked = own | {i - len(sources): y for i, y in zip(run.computed, ys, strict=True)}
     aux, extra = jax.tree.unflatten(traced.rest_tree, [stacked[i] for i in range(len(rest_sources))])
@@ -179,8 +180,8 @@ class Run:
         return step
 
 
-# Where a list is set, each run of a stack is appended to it; runs inside a block are not.
-observed: ContextVar[list[Run] | None] = ContextVar("observed", default=None)
+# Where a function is set, it is called with each run of a stack, while that is traced; with runs inside a block it is not.
+observed: ContextVar[Callable[[Run], None] | None] = ContextVar("observed", default=None)
 
 
 def per_block_of(

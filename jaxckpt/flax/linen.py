@@ -19,7 +19,8 @@ from flax import errors
 
 from jaxckpt._leaves import STACK_THEM, stacked_length
 from jaxckpt._metadata import add_layer_axis, remove_layer_axis
-from jaxckpt._setting import Setting
+from jaxckpt._plan import Knobs
+from jaxckpt._setting import Setting, with_knobs
 from jaxckpt.engine import check
 from jaxckpt.engine.stack import per_block_of, run_stack
 
@@ -58,6 +59,8 @@ def _run(
     if scope is None:
         raise ValueError(f"{names.block}: call stack.init or stack.apply; a Linen module outside them has no variables")
     check.call_fits(method, (stack,), carry, keywords, names)
+    if setting.plan is not None and stack.is_initializing():  # nothing is differentiated, and other things are computed
+        setting = dataclasses.replace(with_knobs(setting, Knobs()), plan=None)
     assert setting.length is not None
     per_block, shared = per_block_of(setting, setting.length, keywords, names)
     variables = flax.core.unfreeze(cast(dict, stack.variables))

@@ -23,7 +23,7 @@ def cache_file() -> Path:
 def rates_of(target: Target) -> Any:
     """What the time model is to know of a target: what was calibrated, or published facts, or a guess for CPUs."""
     if target.is_present and (found := _read().get(_key(target))) is not None:
-        return Rates(**found)
+        return found
     if target.gpu is not None:
         return target.gpu
     return CPU if target.is_present and target.devices[0].platform == "cpu" else REFERENCE
@@ -39,11 +39,11 @@ def calibrate(target: Target, again: bool = False) -> Rates:
         raise ValueError(f"calibrating measures a device, and {target.name!r} is only described; take target='attached'")
     known = _read()
     if again or _key(target) not in known:
-        known[_key(target)] = _measured(target.devices[0])._asdict()
+        known[_key(target)] = _measured(target.devices[0])
         path = cache_file()
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(known, indent=1) + "\n")
-    return Rates(**known[_key(target)])
+        path.write_text(json.dumps({key: rates._asdict() for key, rates in known.items()}, indent=1) + "\n")
+    return known[_key(target)]
 
 
 def _measured(device: Any) -> Rates:
@@ -76,8 +76,20 @@ def _key(target: Target) -> str:
     return f"{target.devices[0].device_kind}, {os.cpu_count()} cores, JAX {jax.__version__}"
 
 
-def _read() -> dict[str, Any]:
+def _read() -> dict[str, Rates]:
+    """What was measured before; what is not in the file as `calibrate` writes it is not there."""
     try:
-        return json.loads(cache_file().read_text())
-    except (OSError, ValueError):  # none yet, or one that something else has written
+        found = json.loads(cache_file().read_text())
+        return {key: Rates(**fields) for key, fields in found.items() if _is_whole(fields)}
+    except (OSError, ValueError, AttributeError):  # none yet, or one that something else has written
         return {}
+
+
+def _is_whole(fields: Any) -> bool:
+    if not isinstance(fields, dict) or fields.keys() != set(Rates._fields):
+        return False
+    tables = [fields["matmul_rate"], fields["vector_rate"]]
+    if not all(isinstance(table, dict) and "float32" in table for table in tables):
+        return False
+    rates = [fields["memory_bandwidth"], fields["fresh_bandwidth"], *(rate for table in tables for rate in table.values())]
+    return all(isinstance(rate, (int, float)) and rate > 0 for rate in rates)

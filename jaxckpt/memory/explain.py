@@ -319,16 +319,14 @@ def _without(wanted: list[_Residual], kept: list[_Residual]) -> list[_Residual]:
     return missing
 
 
-def runs_of(call: Callable[[list[Any]], Any], arrays: list[Any]) -> list[Run]:
-    """The runs of stacks when `call(arrays)` is traced, those inside of blocks left out."""
-    seen: list[Run] = []
-    token = observed.set(seen)
+def observe(call: Callable[[list[Any]], Any], arrays: list[Any], see: Callable[[Run], None]) -> None:
+    """Traces `call(arrays)` and calls `see` with each run of a stack as it is traced, those inside of blocks left out."""
+    token = observed.set(see)
     try:
         with _untraced(object()):  # or what is jitted inside, and was traced before, would not run the stack again
             jax.eval_shape(call, arrays)
     finally:
         observed.reset(token)
-    return seen
 
 
 def _the_run(stack: Any, args: tuple, keywords: dict[str, Any]) -> Run:
@@ -351,7 +349,8 @@ def _the_run(stack: Any, args: tuple, keywords: dict[str, Any]) -> Run:
         args, keywords = with_arrays(arrays)
         fn(*args, **keywords)
 
-    seen = runs_of(call, arrays)
+    seen: list[Run] = []
+    observe(call, arrays, seen.append)
     if not seen:
         name = getattr(stack, "__name__", type(stack).__name__)
         raise TypeError(f"{name} ran no stack that checkpoint_scan made, so there is nothing to explain")

@@ -119,7 +119,7 @@ def measure(
     if isinstance(fn, nnx.Module):
         graph, state = nnx.split(fn)
         return measure(lambda state, *args: nnx.merge(graph, state)(*args), state, *args, target=target, time=time)
-    where = _place_of(args) if target is None else targets.get(target)
+    where = place_of(args) if target is None else targets.get(target)
     if time and not where.is_present:
         raise ValueError(f"time=True runs the program, and {where.name!r} is only described; take target='attached'")
     if time and (missing := [leaf for leaf in jax.tree.leaves(args) if isinstance(leaf, jax.ShapeDtypeStruct)]):
@@ -164,7 +164,7 @@ def measure(
     return dataclasses.replace(found, seconds=seconds, runtime_peak_bytes=runtime_peak)
 
 
-def _place_of(args: Any) -> Target:
+def place_of(args: Any) -> Target:
     """Where the arguments were put, or JAX's default device where nobody put them anywhere.
 
     Refuses what was put on different devices; arrays that nobody put anywhere go where the others are.
@@ -219,6 +219,7 @@ def seconds_in_turns(programs: Sequence[Any], args: Any, target: Target) -> list
     args = jax.tree.map(lambda x, to: jax.device_put(x, to.sharding) if to is not x else x, args, placed)
     is_info = lambda leaf: hasattr(leaf, "donated")  # noqa: E731
     donated = any(info.donated for info in jax.tree.leaves(programs[0].args_info, is_leaf=is_info))
+    args = _dynamic(args, programs[0])
     times: list[list[float]] = [[] for _ in programs]
     for turn in range(12):
         for program, its in zip(compiled, times, strict=True):
@@ -227,6 +228,15 @@ def seconds_in_turns(programs: Sequence[Any], args: Any, target: Target) -> list
             jax.block_until_ready(program(*jax.block_until_ready(given)))
             its += [clock.perf_counter() - start] * (turn > 0)
     return [statistics.median(its) for its in times]
+
+
+def _dynamic(args: Any, program: Any) -> Any:
+    """The arguments that a lowered program takes: all but those that are static, which are no arrays."""
+    for kinds in ((), (bool, int, float, complex)):
+        given = tuple(arg for arg in args if all(is_array(leaf) or isinstance(leaf, kinds) for leaf in jax.tree.leaves(arg)))
+        if jax.tree.structure((given, {})) == program.in_tree:
+            return given
+    return args
 
 
 def _mib(size: float) -> str:

@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
+from jax.core import Tracer
 from jax.experimental.layout import Format, Layout
 
 from jaxckpt._plan import Knobs
@@ -25,7 +26,7 @@ from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis.stages import find_cuts, pieces_between
 from jaxckpt.analysis.tradeoff import Choice, Tradeoff, tradeoff_of
 from jaxckpt.engine.schedule import least_advances
-from jaxckpt.engine.stack import Run
+from jaxckpt.engine.stack import Run, described
 from jaxckpt.memory.targets import Target
 
 _OF_BACKWARD = 2.0  # forward passes that differentiating a block takes
@@ -65,27 +66,35 @@ class Option(NamedTuple):
 class Stack:
     """One stack of a step that is planned: what its settings cost.
 
+    Made while the step is traced, when the axes are bound along which the blocks may compute together; what is traced then
+    is not kept.
+
     Attributes:
-        run: as it was found in the step, under default knobs.
+        run: as it was found in the step, under default knobs, with types in place of values.
+        described: see `jaxckpt.engine.stack.described`.
         trade: what one block can keep.
         can_be_alone: whether the stack can be compiled without the rest of the step, for one device.
     """
 
     def __init__(self, run: Run, rates: Any):
-        self.run, self.rates = run, rates
-        is_batched = any(jx.is_batched(leaf) for part in run.leaves for leaf in part)
-        self.can_be_alone = not is_batched and not jx.collective_axes(run.closed)
+        self.rates = rates
+        self.described = described(run.closed, run.leaves[1], run.length)
         flat = jx.inlined(run.closed, checkpoints=True)
         self.trade: Tradeoff = tradeoff_of(jx.merged(flat), rates)
         carry = [jax.typeof(run.leaves[1][i]) for i in run.moving]
         self.carry_bytes = sum(map(jx.nbytes, carry))
-        self.pieces_bytes = None if jx.effects(run.closed) else self._pieces(flat)
+        self.pieces_bytes = None if jx.effects(run.closed) else self._pieces(flat, run)
+        is_batched = any(jx.is_batched(leaf) for part in run.leaves for leaf in part)
+        self.can_be_alone = not is_batched and not jx.collective_axes(run.closed)
+        xs, carried, arrays = [[_type(leaf) for leaf in part] for part in run.leaves]
+        constants = [_type(value) if isinstance(value, Tracer) else value for value in run.closed.consts]
+        self.run = replace(run, closed=jx.closed(run.closed.jaxpr, constants), leaves=(xs, carried, arrays))
 
-    def _pieces(self, flat: Any) -> int | None:
+    def _pieces(self, flat: Any, run: Run) -> int | None:
         """What is wanted at once in a block that is cut into stages; None where there is nothing to cut."""
         wanted = jx.residual_bytes(flat)
-        slices = len(self.run.leaves[0])
-        cuts = find_cuts(flat, range(slices, slices + len(self.run.leaves[1])), wanted)
+        slices = len(run.leaves[0])
+        cuts = find_cuts(flat, range(slices, slices + len(run.leaves[1])), wanted)
         if not cuts:
             return None
         pieces = pieces_between(flat, cuts, wanted)
@@ -97,7 +106,7 @@ class Stack:
         Only that pass is compiled, with the layouts that XLA likes for what is stored, as inside a step.
         """
         run = self.run.under(with_knobs(self.run.setting, of_block))
-        xs, carry, arrays = [[_type(leaf) for leaf in part] for part in run.leaves]
+        xs, carry, arrays = run.leaves
 
         def forward(inputs: list[Any], arrays: list[Any], constants: list[Any]) -> Any:
             def last_and_rest(*inputs: Any) -> list[Any]:

@@ -17,18 +17,20 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
 from jaxckpt._leaves import split_arrays
 from jaxckpt._plan import Candidate, Knobs, Plan, StackPlan, under
+from jaxckpt._setting import is_integer
 from jaxckpt._sizes import size_of, size_text
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.engine.stack import Run, described
 from jaxckpt.memory import targets
 from jaxckpt.memory.calibrate import calibrate as calibrated
 from jaxckpt.memory.calibrate import rates_of
-from jaxckpt.memory.explain import runs_of
-from jaxckpt.memory.measure import measure, seconds_in_turns
+from jaxckpt.memory.explain import observe
+from jaxckpt.memory.measure import measure, place_of, seconds_in_turns
 from jaxckpt.planning.model import Option, Stack
 
 _HOPED = 0.5  # of what autodiff wants of a block, what XLA may have alive at once: 0.35 to 0.76 in the benchmarks
@@ -36,10 +38,12 @@ _HOPED_THEN, _HOPED_BEFORE = 0.75, 0.95  # of what a block takes that keeps less
 _WORTH = 0.998  # of the seconds of the best so far; what is not faster is not worth compiling
 _IN_DOUBT = 1.02  # of what the model says, what the compiler may still do with less
 _MOST = 8  # compilations of the whole step for one plan
+_MISSES = 4  # of them that do not fit, before the least that is possible is looked for
 _SECONDS = 38  # after which nothing is compiled any more, once something fits
 _SECONDS_OF_BLOCKS = 25  # after which no block is compiled alone
 _TIMED = 6  # settings that are run for real
-_WIDEST = 20_000  # combinations of several stacks that are looked at
+_WIDEST = 20_000  # combinations of a few stacks that are looked at
+_FEW = 3
 
 
 class Combination(NamedTuple):
@@ -74,10 +78,12 @@ class _Known:
     Fields:
         compiled: of the whole step under a combination.
         transients: what a block keeps, and what differentiating it takes, by the stack and `Option.of_block`.
+        refused: kinds of combinations that the step cannot be run under.
     """
 
     compiled: dict[Combination, _Compiled] = field(default_factory=dict)
     transients: dict[tuple[int, Knobs], tuple[int, int]] = field(default_factory=dict)
+    refused: set[Any] = field(default_factory=set)
 
 
 class _Peaks:
@@ -92,29 +98,29 @@ class _Peaks:
 
     def predicted(self, c: Combination) -> float:
         """The peak by the model."""
-        return self._without_rest(c) + self._rest(c)
+        return self.without_rest(c) + self._rest(c)
 
     def peak(self, c: Combination) -> float:
         """The compiled peak, if it is known, or the predicted one."""
         found = self.known.compiled.get(c)
         return self.predicted(c) if found is None else found.peak_bytes
 
-    def _without_rest(self, c: Combination) -> float:
-        return self.fixed + c.stored_bytes + max(self._transient(i, option) for i, option in enumerate(c.options))
+    def without_rest(self, c: Combination) -> float:
+        return self.fixed + c.stored_bytes + max(self.transient(i, option) for i, option in enumerate(c.options))
 
     def _rest(self, c: Combination) -> float:
         # The model of a scan without chunks is exact: what it misses there, the rest of the step needs under any setting.
         scans = tuple((False, False, False) for _ in c.options)
         alike = [[other for other in self.known.compiled if other.family == family] for family in (c.family, scans)]
         near = sorted(alike[0] or alike[1], key=lambda other: _distance(other.stored_bytes, c.stored_bytes))[:2]
-        rest = [self.known.compiled[other].peak_bytes - self._without_rest(other) for other in near]
+        rest = [self.known.compiled[other].peak_bytes - self.without_rest(other) for other in near]
         if len(near) < 2 or near[0].stored_bytes == near[1].stored_bytes:
             return rest[0] if rest else 0.0
         # A line through the two nearest, and not beyond what they need.
         share = (c.stored_bytes - near[0].stored_bytes) / (near[1].stored_bytes - near[0].stored_bytes)
         return rest[0] + min(1.0, max(0.0, share)) * (rest[1] - rest[0])
 
-    def _transient(self, i: int, option: Option) -> float:
+    def transient(self, i: int, option: Option) -> float:
         """What differentiating a block of the `i`-th stack takes; a hopeful guess where the compiler was not asked."""
         if (found := self.known.transients.get((i, option.of_block))) is not None:
             return found[1]
@@ -127,6 +133,11 @@ class _Peaks:
         fewer = [_HOPED_THEN * taken for kept, taken in sizes if kept <= option.kept_bytes][-1:]
         more = [_HOPED_BEFORE * taken for kept, taken in sizes if kept > option.kept_bytes][:1]
         return max([*fewer, *more], default=_HOPED * option.block_bytes)
+
+
+def _kind(c: Combination) -> Any:
+    """What of a combination decides whether a step can be run under it."""
+    return tuple((knobs.engine, knobs.offload_carry, knobs.stages, knobs.policy) for knobs, *_ in c.options)
 
 
 def _distance(a: int, b: int) -> float:
@@ -179,27 +190,24 @@ def plan(
     """
     if objective not in ("time", "memory"):
         raise ValueError(f"objective must be 'time' or 'memory'; got {objective!r}")
-    where = targets.get("attached" if target is None else target)
+    where = place_of(args) if target is None else targets.get(target)
     limit = _limit(budget, objective, where)
     if time and not where.is_present:
         raise ValueError(f"time=True runs the step, and {where.name!r} is only described; take target='attached'")
     if time and (missing := [leaf for leaf in jax.tree.leaves(args) if isinstance(leaf, jax.ShapeDtypeStruct)]):
         raise ValueError(f"time=True runs the step and needs arrays; among the arguments is {missing[0]}")
     _ = where.devices  # a missing plugin is said before anything is traced
-    runs = _stacks(step, args)
     rates = calibrated(where) if calibrate else rates_of(where)
-    stacks = {name: Stack(run, rates) for name, run in runs.items()}
+    stacks, program = _stacks(step, args, rates)
     combinations = _combinations([stack.options(may_offload=where.gpu is not None) for stack in stacks.values()])
-    signature = tuple((name, run.length, jx.digest(run.closed)) for name, run in runs.items())
-    shapes = jax.tree.map(lambda leaf: str(jax.typeof(leaf)), split_arrays(args)[0])
-    known = _known_of(step, (signature, str(shapes), str(where.devices[0]), where.count))
+    known = _known_of(step, (program, str(where.devices[0]), where.count))
     with tqdm(desc="plan", unit="compilation", disable=not progress or None) as bar:
-        search = _Search(step, args, where, stacks, combinations, known, bar)
+        search = _Search(step, args, where, target is None, stacks, combinations, known, bar)
         chosen = search.fastest(limit) if objective == "time" else None
         if chosen is None:
             chosen = search.least()
             if search.compiled(chosen) > limit:
-                raise ValueError(_too_little(limit, search.compiled(chosen), chosen, stacks, args))
+                raise ValueError(_too_little(limit, search, chosen))
         measured: dict[Combination, float] = {}
         if time:
             measured = search.timed(limit)
@@ -207,20 +215,15 @@ def plan(
     everything = Combination(tuple(stack.everything() for stack in stacks.values()))
 
     def candidate(c: Combination) -> Candidate:
-        runs = sum(option.forward_runs * option.seconds for option in c.options) / c.seconds
+        runs = sum(option.forward_runs * option.seconds for option in c.options) / (c.seconds or 1.0)
         peak, predicted = known.compiled[c]
         return Candidate(_text(c), predicted, c.seconds, runs, peak, measured.get(c))
 
     rows = {c: candidate(c) for c in known.compiled}
     return Plan(
         stacks={
-            name: StackPlan(
-                block=run.names.block,
-                jax_version=jax.__version__,
-                knobs=option.knobs,
-                **described(run.closed, run.leaves[1], run.length),
-            )
-            for (name, run), option in zip(runs.items(), chosen.options, strict=True)
+            name: StackPlan(block=stack.run.names.block, jax_version=jax.__version__, knobs=option.knobs, **stack.described)
+            for (name, stack), option in zip(stacks.items(), chosen.options, strict=True)
         },
         target=where.name,
         objective=objective,
@@ -240,19 +243,23 @@ class _Search:
         step: Callable[..., Any],
         args: tuple[Any, ...],
         where: targets.Target,
+        as_given: bool,
         stacks: dict[str, Stack],
         combinations: list[Combination],
         known: _Known,
         bar: Any,
     ):
         self.step, self.args, self.where, self.stacks, self.bar = step, args, where, stacks, bar
-        self.combinations, self.known, self.peaks = combinations, known, _Peaks(_fixed_bytes(step, args), known)
+        self.as_given = as_given  # the arguments lie where they are to be
+        self.known, self.peaks = known, _Peaks(_fixed_bytes(step, args), known)
+        self.combinations = [c for c in combinations if _kind(c) not in known.refused]
+        self.plain = Combination(tuple(stack.plain() for stack in stacks.values()))
         self.begin, self.count = clock.monotonic(), 0
 
     def fastest(self, limit: float) -> Combination | None:
         """The fastest combination whose compiled peak is within the limit, or None if the model finds none.
 
-        Time only counts once something fits; until then what the model refuses by a little is tried too.
+        Time only counts once something fits; until then what the model refuses by a little is tried too, a few times.
         """
         while True:
             fitting = [c for c in self._considered() if self.peaks.peak(c) <= limit]
@@ -260,7 +267,7 @@ class _Search:
             if not fitting:
                 new = [c for c in self.combinations if c not in self.known.compiled]
                 fitting = [c for c in new if self.peaks.predicted(c) <= _IN_DOUBT * limit]
-            if not fitting:
+            if not fitting or (there is None and self.count >= _MISSES):
                 return None
             best = min(fitting, key=lambda c: (c.seconds, self.peaks.peak(c)))
             if there is not None and (best.seconds > _WORTH * there.seconds or self.is_late):
@@ -269,7 +276,7 @@ class _Search:
 
     def least(self) -> Combination:
         """The combination of the least compiled peak, as far as the model can tell which to compile."""
-        self.begin = clock.monotonic()
+        self.begin, self.count = clock.monotonic(), 0
         while True:
             new = [c for c in self._considered() if c not in self.known.compiled]
             there = min(self.known.compiled, key=self.peaks.peak, default=None)
@@ -282,30 +289,39 @@ class _Search:
 
     def timed(self, limit: float) -> dict[Combination, float]:
         """The seconds of some combinations within the limit, the default knobs among them if these are."""
-        plain = Combination(tuple(stack.plain() for stack in self.stacks.values()))
         peaks = self.known.compiled
-        least = min(self.compiled(plain), *(found.peak_bytes for found in peaks.values()))
+        least = min(self.compiled(self.plain), *(found.peak_bytes for found in peaks.values()))
         for part in (2, 4, 8):  # settings of less memory, which may be faster in truth
             if limit / part >= least:
                 self.fastest(limit / part)
         fits = sorted((c for c in peaks if peaks[c].peak_bytes <= limit), key=lambda c: c.seconds)
         # Of those that fit some of all speeds by the model, the fastest and the slowest among them.
         fits = [fits[i * (len(fits) - 1) // (_TIMED - 1)] for i in range(_TIMED)] if len(fits) > _TIMED else fits
-        fits = list(dict.fromkeys([*fits, *[plain] * (peaks[plain].peak_bytes <= limit)]))
+        fits = list(dict.fromkeys([*fits, *[self.plain] * (peaks[self.plain].peak_bytes <= limit)]))
         programs = []
         for c in fits:
             with self._under(c):
-                programs.append(
-                    (self.step if hasattr(self.step, "lower") else jax.jit(self.step)).lower(*self.where.place(self.args))
-                )
+                placed = self.args if self.as_given else self.where.place(self.args)
+                programs.append((self.step if hasattr(self.step, "lower") else jax.jit(self.step)).lower(*placed))
         return dict(zip(fits, seconds_in_turns(programs, self.args, self.where), strict=True))
 
-    def compiled(self, c: Combination) -> int:
-        """The peak of the whole step."""
+    def compiled(self, c: Combination) -> float:
+        """The peak of the whole step; infinite where it cannot be run so.
+
+        Not every step can be run under every knob: second derivatives want the scan engine, say. What cannot is taken out of
+        the combinations, with its kind, unless it is the default knobs that fail too.
+        """
         if c not in self.known.compiled:
             self.bar.set_description(f"plan: compiling {_text(c)}")
-            with self._under(c):
-                found = measure(self.step, *self.args, target=self.where)
+            try:
+                with self._under(c):
+                    found = measure(self.step, *self.args, target=None if self.as_given else self.where)
+            except Exception:
+                if _kind(c) == _kind(self.plain) or self.compiled(self.plain) == math.inf:
+                    raise
+                self.known.refused.add(_kind(c))
+                self.combinations = [other for other in self.combinations if _kind(other) != _kind(c)]
+                return math.inf
             self.known.compiled[c] = _Compiled(found.peak_bytes, round(self.peaks.predicted(c)))
             self.count += 1
             self.bar.update()
@@ -328,7 +344,11 @@ class _Search:
             stack, option = list(self.stacks.values())[i], c.options[i]
             if stack.can_be_alone:
                 self.bar.set_description(f"plan: compiling one block, {option.of_block}")
-                found = stack.transient_bytes(option.of_block, self.where)
+                guess = round(self.peaks.transient(i, option))
+                try:
+                    found = stack.transient_bytes(option.of_block, self.where)
+                except Exception:  # what can only be traced or compiled in its place in the step is a guess until that is
+                    found = guess
                 self.known.transients[i, option.of_block] = option.kept_bytes, found
                 self.bar.update()
                 return
@@ -364,37 +384,55 @@ def _limit(budget: str | int | None, objective: str, where: targets.Target) -> f
             return size_of(budget)
         except ValueError as error:
             raise ValueError(f"budget: {error}") from None
-    if isinstance(budget, bool) or not isinstance(budget, int) or budget <= 0:
+    if not is_integer(budget) or budget <= 0:
         raise ValueError(f"budget is a number of bytes, or a size such as '40GiB'; got {budget!r}")
-    return budget
+    return int(budget)
 
 
-def _stacks(step: Callable[..., Any], args: Any) -> dict[str, Run]:
-    """The runs of the stacks that are to be planned, by name."""
+def _stacks(step: Callable[..., Any], args: Any, rates: Any) -> tuple[dict[str, Stack], Any]:
+    """The stacks that are to be planned, by name, and what identifies the program of the step."""
     arrays, with_arrays = split_arrays(args)
-    found: dict[str, Run] = {}
-    for run in runs_of(lambda arrays: step(*with_arrays(arrays)), arrays):
+    found: dict[str, Stack] = {}
+    digest = ""
+
+    def see(run: Run) -> None:
         name = run.setting.plan
         if not isinstance(name, str):
-            continue
-        if name in found and _identity(run) != _identity(found[name]):
-            both = " and ".join(f"{r.length} x {r.names.block}" for r in (found[name], run))
-            written = f"auto:{name}" if name else "auto"
-            raise ValueError(f"two stacks are built with plan={written!r}, {both}: give each its name, plan='auto:NAME'")
-        found.setdefault(name, run)
+            return
+        if name not in found:
+            found[name] = Stack(run, rates)
+            return
+        other, identity = found[name], described(run.closed, run.leaves[1], run.length)
+        if run.names.block == other.run.names.block and identity == other.described:
+            return
+        written = f"auto:{name}" if name else "auto"
+        if run.names.block == other.run.names.block and run.length == other.run.length:
+            carries = f"with a carry of {other.described['carry']} and of {identity['carry']}"
+            raise ValueError(
+                f"{run.names.block}: a stack with plan={written!r} is run twice in the step, {carries}, or with other "
+                "flags, and a plan is for one of them: build a stack for each and give it its name, plan='auto:NAME'"
+            )
+        both = " and ".join(f"{r.length} x {r.names.block}" for r in (other.run, run))
+        raise ValueError(f"two stacks are built with plan={written!r}, {both}: give each its name, plan='auto:NAME'")
+
+    def call(arrays: list[Any]) -> None:
+        nonlocal digest
+        digest = jx.digest(jax.make_jaxpr(lambda arrays: step(*with_arrays(arrays)))(arrays))
+
+    observe(call, arrays, see)
     if not found:
         raise ValueError(
             "no stack in the step is to be planned: build one with checkpoint_scan(..., plan='auto'), without other knobs"
         )
-    return found
-
-
-def _identity(run: Run) -> Any:
-    return run.names.block, run.length, jx.digest(run.closed)
+    return found, (digest, tuple(str(getattr(leaf, "sharding", None)) for leaf in arrays))
 
 
 def _combinations(options: Sequence[Sequence[Option]]) -> list[Combination]:
-    """All of them, or, of many stacks, of the same number of options of each."""
+    """All of them; of many stacks those where a byte is worth the same everywhere, for many prices of a byte."""
+    if len(options) > _FEW:
+        prices = [0.0, *(10.0**power for power in np.linspace(-15, 0, 300))]
+        chosen = [[min(o, key=lambda o: o.seconds + p * (o.stored_bytes + o.block_bytes)) for o in options] for p in prices]
+        return list(dict.fromkeys(Combination(tuple(c)) for c in chosen))
     each = max(2, int(_WIDEST ** (1 / len(options))))
     thinned = [[o[i * (len(o) - 1) // (each - 1)] for i in range(each)] if len(o) > each else o for o in options]
     return [Combination(tuple(c)) for c in itertools.product(*thinned)]
@@ -411,19 +449,20 @@ def _text(c: Combination) -> str:
     return "; ".join(str(option.knobs) for option in c.options)
 
 
-def _too_little(limit: float, least_bytes: int, best: Combination, stacks: dict[str, Stack], args: Any) -> str:
+def _too_little(limit: float, search: _Search, best: Combination) -> str:
     """Names the least that is possible, and what is large."""
-    sizes: dict[str, int] = {}
-    for (name, stack), option in zip(stacks.items(), best.options, strict=True):
+    least = search.known.compiled[best].peak_bytes
+    sizes: dict[str, float] = {"the rest of the step": least - search.peaks.without_rest(best)}
+    for i, ((name, stack), option) in enumerate(zip(search.stacks.items(), best.options, strict=True)):
         block = name or stack.run.names.block
         sizes[f"what {block} stores"] = option.stored_bytes
-        sizes[f"what one {block} wants at once"] = option.block_bytes
-    for path, leaf in jax.tree_util.tree_leaves_with_path(args):
+        sizes[f"what one {block} takes while it is differentiated"] = search.peaks.transient(i, option)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(search.args):
         if hasattr(leaf, "shape"):
             sizes[f"the argument {jax.tree_util.keystr(path)}"] = jx.nbytes(jax.typeof(leaf))
     largest = sorted(sizes.items(), key=lambda item: -item[1])[:4]
     listed = ", ".join(f"{name} {size_text(size)}" for name, size in largest)
     return (
-        f"budget={size_text(limit)} is less than this step can do with: the least possible is {size_text(least_bytes)} "
-        f"({least_bytes} bytes), with {_text(best)}. The largest: {listed}"
+        f"budget={size_text(limit)} ({int(limit)} bytes) is less than this step can do with: the least possible is "
+        f"{size_text(least)} ({least} bytes), with {_text(best)}. The largest: {listed}"
     )

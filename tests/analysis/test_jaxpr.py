@@ -139,6 +139,7 @@ def merged(fn, *args):
         (lambda a, b: a.astype("float16").sum() + a.astype("bfloat16").sum(), None),
         (lambda a, b: checkpoint_name(a, "one") + checkpoint_name(a, "two"), ["name", "name", "add"]),
         (lambda a, b: jax.jit(jnp.sin)(a) + jax.jit(jnp.sin)(a), ["sin", "add"]),
+        (lambda a, b: lax.rng_uniform(0.0, 1.0, (3,)) * 0 + lax.rng_uniform(0.0, 1.0, (3,)) * 0, None),  # two draws
         (lambda a, b: clipped(a) + clipped(a), None),  # what has a derivative of its own is left alone
     ],
 )
@@ -149,6 +150,17 @@ def test_what_is_computed_twice_is_merged(fn, left):
     else:
         assert [eqn.primitive.name for eqn in after.jaxpr.eqns] == left
     assert jx.as_function(after)(A, B)[0].tolist() == jx.as_function(before)(A, B)[0].tolist()
+
+
+def test_what_is_computed_otherwise_is_not_merged():
+    def fn(a):
+        key = jax.random.key(0)
+        with jax.threefry_partitionable(True):
+            first = jax.random.bits(key, (5,))
+        with jax.threefry_partitionable(False):
+            return first, jax.random.bits(key, (5,))
+
+    assert [eqn.primitive.name for eqn in merged(fn, A).jaxpr.eqns].count("random_bits") == 2
 
 
 def test_side_effects_are_not_merged():

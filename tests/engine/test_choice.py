@@ -223,6 +223,23 @@ def test_flash_attention_keeps_its_output_and_its_sums():
 
 
 @pytest.mark.parametrize("policy", ["cheap", "budget:0.3"])
+def test_complex_values_are_not_kept_by_name(policy):
+    """JAX cannot keep those; they are run again."""
+    w = 0.3 * jax.random.normal(jax.random.key(0), (3, 4, 4)) * (1 + 1j)
+    x = jnp.ones((2, 4), w.dtype)
+    got, want = (
+        jax.grad(lambda w, p=p: jnp.sum(jnp.abs(checkpoint_scan(lambda w, x: x + jnp.sin(x @ w), policy=p)(w, x))))(w)
+        for p in (policy, "nothing")
+    )
+    assert relative_error(got, want) < 1e-12
+
+
+@pytest.mark.parametrize("policy", ["cheap", "budget:0.3"])
+def test_blocks_that_compute_nothing(policy):
+    assert jax.grad(lambda x: checkpoint_scan(lambda w, x: x, policy=policy)(jnp.ones(3), x))(1.0) == 1
+
+
+@pytest.mark.parametrize("policy", ["cheap", "budget:0.3"])
 @pytest.mark.parametrize("per_ckpt", [None, 1, 2, 3])
 def test_lists_of_blocks(policy, per_ckpt):
     trees = [jax.tree.map(lambda leaf, i=i: leaf[i], params_of()) for i in range(N)]

@@ -6,7 +6,7 @@ import pytest
 
 from jaxckpt.analysis.cost import CPU
 from jaxckpt.memory import targets
-from jaxckpt.memory.calibrate import cache_file, calibrate, rates_of
+from jaxckpt.memory.calibrate import _key, cache_file, calibrate, rates_of
 
 
 @pytest.fixture(autouse=True)
@@ -29,9 +29,13 @@ def test_measured_once_and_kept():
 
 
 def test_a_file_that_is_none():
+    where = targets.get("cpu")
+    whole = CPU._asdict()
+    wrong = [{}, {"memory_bandwidth": 1.0}, {**whole, "vector_rate": {}}, {**whole, "memory_bandwidth": "much"}, 3]
     cache_file().parent.mkdir(parents=True)
-    cache_file().write_text("{")
-    assert rates_of(targets.get("cpu")) == CPU
+    for text in ["{", "[]", "null", *(json.dumps({_key(where): fields}) for fields in wrong)]:
+        cache_file().write_text(text)
+        assert rates_of(where) == CPU
 
 
 def test_described_targets():

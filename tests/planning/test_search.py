@@ -1,6 +1,7 @@
 """Plans for small steps, compiled for the CPU: within the budget, the faster the more memory, pinned, saved, refused."""
 
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -8,9 +9,13 @@ import sys
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxckpt import checkpoint_scan, explain, measure, plan
 from jaxckpt._plan import Candidate, Knobs, Plan, load
@@ -63,6 +68,7 @@ def test_every_budget_is_kept_and_more_memory_is_never_slower(range_of_peaks):
     found = [planned(int(least + (most - least) * i / 8)) for i in range(9)]
     for i, p in enumerate(found):
         assert p.peak_bytes <= least + (most - least) * i / 8
+        assert p.chosen.predicted_bytes == pytest.approx(p.peak_bytes, rel=0.05)  # before it was compiled
         assert p.peak_bytes == measure(p.around(STEP), W, X, target="cpu").peak_bytes  # the compiled peak, and no other
     seconds = [p.chosen.seconds for p in found]
     assert seconds == sorted(seconds, reverse=True) and seconds[0] > seconds[-1]
@@ -159,9 +165,12 @@ def test_plans_that_cannot_be_used_are_refused_at_once(saved, tmp_path):
         checkpoint_scan(block, 6, plan=saved())
     with pytest.raises(FileNotFoundError):
         checkpoint_scan(block, plan=str(tmp_path / "none.json"))
-    (tmp_path / "no.json").write_text(json.dumps({"format": 1}))
-    with pytest.raises(ValueError, match=r"no\.json is no plan that jaxckpt\.plan saved"):
-        checkpoint_scan(block, plan=tmp_path / "no.json")
+    for text in (json.dumps({"format": 2}), json.dumps({"format": 1}), json.dumps({"format": 2, "stacks": {}}), "no"):
+        (tmp_path / "no.json").write_text(text)
+        with pytest.raises(ValueError, match=r"no\.json is no plan that jaxckpt\.plan saved"):
+            checkpoint_scan(block, plan=tmp_path / "no.json")
+    with pytest.raises(FileNotFoundError, match="plan='Auto' is no file: write 'auto', 'auto:NAME'"):
+        checkpoint_scan(block, plan="Auto")
     with pytest.raises(ValueError, match="plan='auto' sets all knobs, and policy='dots' is given beside it"):
         checkpoint_scan(block, plan="auto", policy="dots")
     with pytest.raises(ValueError, match=r"sets all knobs, and unroll=2"):
@@ -184,6 +193,10 @@ def test_a_budget_that_is_too_small_names_the_least_and_the_largest_buffers(rang
 def test_budgets_that_are_none(budget):
     with pytest.raises(ValueError, match="budget"):
         planned(budget)
+
+
+def test_integers_of_numpy_are_budgets():
+    assert planned(np.int64(MIB)).budget_bytes == MIB
 
 
 def test_other_bad_input():
@@ -302,3 +315,137 @@ def test_auto_stands_for_the_default_knobs_without_a_plan():
     jaxpr = [str(jax.make_jaxpr(step_of(knobs))(W, X)) for knobs in ({"plan": "auto"}, {})]
     assert jaxpr[0] == jaxpr[1]
     assert Knobs() == Knobs(policy="nothing", engine="scan")
+
+
+# --- steps of all kinds ---------------------------------------------------------------------------------------------------
+
+
+def test_what_was_compiled_under_other_static_arguments_is_not_believed():
+    stack = checkpoint_scan(block, plan="auto")
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def step(w, x, width):
+        return jax.grad(lambda w: jnp.sum(jnp.sin(stack(w, x) @ jnp.ones((WIDTH, width)))))(w)
+
+    small, large = (planned("64MiB", step=step, args=(W, X, width)) for width in (1, 4096))
+    assert large.peak_bytes > small.peak_bytes + MIB
+
+
+def one_device(axis_type=AxisType.Auto):
+    return jax.make_mesh((1,), ("d",), axis_types=(axis_type,), devices=jax.devices()[:1])
+
+
+def under_shard_map(stack):
+    summed = jax.grad(lambda w, x: lax.psum(jnp.sum(stack(w, x) ** 2), "d"))
+    mapped = jax.shard_map(summed, mesh=one_device(), in_specs=(P(), P("d")), out_specs=P())
+    return jax.jit(lambda w, x: mapped(w, x))
+
+
+def over_a_named_axis(stack):
+    with_mean = lambda w, x: stack(w, x - lax.pmean(x, "i"))  # noqa: E731
+    return lambda w, x: jax.vmap(jax.grad(lambda w, x: jnp.sum(with_mean(w, x) ** 2)), (None, 0), axis_name="i")(
+        w, jnp.stack([x, 2 * x])
+    )
+
+
+def second_order(stack):
+    slope = lambda w, x: jax.grad(lambda x: jnp.sum(stack(w, x) ** 2))(x)  # noqa: E731
+    return lambda w, x: jax.grad(lambda w: jnp.sum(slope(w, x) ** 2))(w)
+
+
+@pytest.mark.parametrize(
+    "step_with",
+    [
+        under_shard_map,
+        over_a_named_axis,
+        second_order,
+        lambda stack: lambda w, x: jax.jvp(lambda x: stack(w, x), (x,), (x,)),
+        lambda stack: lambda w, x: stack(w, x),
+        lambda stack: lambda w, x: jax.grad(lambda w: jnp.sum(lax.map(lambda x: stack(w, x), jnp.stack([x, x]))))(w),
+        lambda stack: lambda w, x: jax.grad(lambda w: jnp.sum(jax.checkpoint(stack)(w, x) ** 2))(w),
+    ],
+    ids=["shard_map", "vmap", "second order", "jvp", "no gradients", "map", "checkpoint"],
+)
+@pytest.mark.parametrize("objective", ["time", "memory"])
+def test_steps_that_some_knobs_cannot_run(step_with, objective):
+    """The rest of the knobs are planned with; values are those of the default ones."""
+    step = step_with(checkpoint_scan(block, plan="auto"))
+    found = planned("1GiB", step=step, objective=objective)
+    assert found.peak_bytes == measure(found.around(step), W, X, target="cpu").peak_bytes
+    assert relative_error(found.around(step)(W, X), step_with(checkpoint_scan(block))(W, X)) < 1e-5
+
+
+def test_an_error_of_the_step_itself_is_not_hidden():
+    stack = checkpoint_scan(block, plan="auto")
+
+    def step(w, x):
+        jax.grad(lambda w: jnp.sum(stack(w, x)))(w)
+        return jnp.ones(3) @ x
+
+    with pytest.raises(TypeError, match="dot_general"):
+        planned("1GiB", step=step)
+
+
+def test_a_step_that_says_where_its_arguments_lie():
+    sharding = NamedSharding(one_device(), P())
+    step = jax.jit(STEP, in_shardings=(sharding, sharding))
+    assert planned("1GiB", step=step, target=None).peak_bytes <= 2**30
+
+
+def test_blocks_that_compute_nothing():
+    stack = checkpoint_scan(lambda w, x: x, plan="auto")
+    assert planned("1GiB", step=lambda w, x: jax.grad(lambda x: jnp.sum(stack(w, x)))(x)).peak_bytes > 0
+
+
+def test_many_stacks_are_planned_together():
+    stacks = [checkpoint_scan(block, plan=f"auto:{i}") for i in range(6)]
+    step = lambda w, x: jax.grad(lambda w: jnp.sum(functools.reduce(lambda x, s: s(w, x), stacks, x)))(w)  # noqa: E731
+    least = planned(None, step=step, objective="memory").peak_bytes
+    found = planned(2 * least, step=step)
+    assert least < found.peak_bytes <= 2 * least and len(found.stacks) == 6
+
+
+def test_a_step_whose_head_needs_most_is_refused_soon(monkeypatch):
+    """Less stored does not help: it is not tried for the whole front, and the error says where the memory is."""
+    stack = checkpoint_scan(block, plan="auto")
+    step = lambda w, x: jax.grad(lambda w: jnp.sum(jax.nn.logsumexp(stack(w, x) @ jnp.ones((WIDTH, 20_000)), 1)))(w)  # noqa: E731
+    least = planned(None, step=step, objective="memory").peak_bytes
+    search.forget()
+    compiled = []
+    monkeypatch.setattr(
+        search, "measure", lambda *args, **keywords: compiled.append(measure(*args, **keywords)) or compiled[-1]
+    )
+    with pytest.raises(ValueError, match=r"The largest: the rest of the step"):
+        planned(least // 2, step=step)
+    assert len(compiled) <= search._MISSES + search._MOST
+
+
+def test_a_plan_around_another_step_is_refused():
+    found = planned("1GiB")
+    with pytest.raises(ValueError, match="its length is 3, and the plan is for 12"):
+        found.around(step_of({"plan": "auto"}))(W[:3], X)
+
+
+def test_a_pinned_linen_stack_is_initialised():
+    model = checkpoint_scan(Block, 6, plan="auto")()
+    variables = jax.eval_shape(model.init, jax.random.key(0), X)
+    step = lambda v, x: jax.grad(lambda v: jnp.sum(model.apply(v, x) ** 2))(v)  # noqa: E731
+    pinned = checkpoint_scan(Block, 6, plan=planned("8MiB", step=step, args=(variables, X)))()
+    made = pinned.init(jax.random.key(0), X)
+    assert relative_error(made, model.init(jax.random.key(0), X)) == 0
+    pinned.apply(made, X)
+
+
+def test_one_stack_with_two_shapes():
+    stack = checkpoint_scan(block, plan="auto")
+    step = lambda w, x: jax.grad(lambda w: jnp.sum(stack(w, x)) + jnp.sum(stack(w, x[:4])))(w)  # noqa: E731
+    with pytest.raises(
+        ValueError, match=r"run twice in the step, with a carry of \(float32\[64,32\],\) and of \(float32\[4,32\],\)"
+    ):
+        planned("1GiB", step=step)
+
+
+def test_leaks_are_checked():
+    search.forget()
+    with jax.checking_leaks():
+        planned("1GiB")
