@@ -140,7 +140,8 @@ INTRODUCTION = """## Plans under budgets
 possible to what no checkpointing needs, and then at the peak of every system of `memory_vs_peers.py`. Peaks are what the
 compiler says for the GPU that is named; nothing was run on one. Used: of the budget. Model: what the model said before that
 setting was compiled, to what the compiler said. Runs: forward runs of a block in one step, parts of it by the time model.
-Seconds: of the plan, on two CPU cores, knowing what the plans before it compiled; alone: with nothing known."""
+Seconds: of the plan, on two CPU cores that had other jobs too, knowing what the plans before it compiled; alone: with
+nothing known."""
 
 
 def table(entry: dict[str, Any]) -> str:

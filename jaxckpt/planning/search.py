@@ -12,8 +12,7 @@ import math
 import os
 import time as clock
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import jax
@@ -21,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxckpt._leaves import split_arrays
-from jaxckpt._plan import Candidate, Knobs, Plan, StackPlan, under
+from jaxckpt._plan import Candidate, Plan, StackPlan, under
 from jaxckpt._setting import is_integer
 from jaxckpt._sizes import size_of, size_text
 from jaxckpt.analysis import jaxpr as jx
@@ -32,9 +31,8 @@ from jaxckpt.memory.calibrate import rates_of
 from jaxckpt.memory.explain import observe
 from jaxckpt.memory.measure import measure, place_of, seconds_in_turns
 from jaxckpt.planning.model import Option, Stack
+from jaxckpt.planning.peaks import Combination, Compiled, Known, Peaks, kind
 
-_HOPED = 0.5  # of what autodiff wants of a block, what XLA may have alive at once: 0.35 to 0.76 in the benchmarks
-_HOPED_THEN, _HOPED_BEFORE = 0.75, 0.95  # of what a block takes that keeps less, or more
 _WORTH = 0.998  # of the seconds of the best so far; what is not faster is not worth compiling
 _IN_DOUBT = 1.02  # of what the model says, what the compiler may still do with less
 _MOST = 8  # compilations of the whole step for one plan
@@ -46,106 +44,8 @@ _WIDEST = 20_000  # combinations of a few stacks that are looked at
 _FEW = 3
 
 
-class Combination(NamedTuple):
-    """A setting of each stack."""
-
-    options: tuple[Option, ...]
-
-    @property
-    def seconds(self) -> float:
-        return sum(option.seconds for option in self.options)
-
-    @property
-    def stored_bytes(self) -> int:
-        return sum(option.stored_bytes for option in self.options)
-
-    @property
-    def family(self) -> tuple[Any, ...]:
-        return tuple(option.family for option in self.options)
-
-
-class _Compiled(NamedTuple):
-    """What the compiler said of a combination, and what the model had said before."""
-
-    peak_bytes: int
-    predicted_bytes: int
-
-
-@dataclass
-class _Known:
-    """What the compiler said of one step.
-
-    Fields:
-        compiled: of the whole step under a combination.
-        transients: what a block keeps, and what differentiating it takes, by the stack and `Option.of_block`.
-        refused: kinds of combinations that the step cannot be run under.
-    """
-
-    compiled: dict[Combination, _Compiled] = field(default_factory=dict)
-    transients: dict[tuple[int, Knobs], tuple[int, int]] = field(default_factory=dict)
-    refused: set[Any] = field(default_factory=set)
-
-
-class _Peaks:
-    """What combinations need: as the compiler said, or as the model says.
-
-    By the model that is: `fixed`, the arguments and results of the step; what the stacks store; what differentiating a block
-    takes, of the stack where that is most; and what was needed beside that where settings alike were compiled.
-    """
-
-    def __init__(self, fixed: int, known: _Known):
-        self.fixed, self.known = fixed, known
-
-    def predicted(self, c: Combination) -> float:
-        """The peak by the model."""
-        return self.without_rest(c) + self._rest(c)
-
-    def peak(self, c: Combination) -> float:
-        """The compiled peak, if it is known, or the predicted one."""
-        found = self.known.compiled.get(c)
-        return self.predicted(c) if found is None else found.peak_bytes
-
-    def without_rest(self, c: Combination) -> float:
-        return self.fixed + c.stored_bytes + max(self.transient(i, option) for i, option in enumerate(c.options))
-
-    def _rest(self, c: Combination) -> float:
-        # The model of a scan without chunks is exact: what it misses there, the rest of the step needs under any setting.
-        scans = tuple((False, False, False) for _ in c.options)
-        alike = [[other for other in self.known.compiled if other.family == family] for family in (c.family, scans)]
-        near = sorted(alike[0] or alike[1], key=lambda other: _distance(other.stored_bytes, c.stored_bytes))[:2]
-        rest = [self.known.compiled[other].peak_bytes - self.without_rest(other) for other in near]
-        if len(near) < 2 or near[0].stored_bytes == near[1].stored_bytes:
-            return rest[0] if rest else 0.0
-        # A line through the two nearest, and not beyond what they need.
-        share = (c.stored_bytes - near[0].stored_bytes) / (near[1].stored_bytes - near[0].stored_bytes)
-        return rest[0] + min(1.0, max(0.0, share)) * (rest[1] - rest[0])
-
-    def transient(self, i: int, option: Option) -> float:
-        """What differentiating a block of the `i`-th stack takes; a hopeful guess where the compiler was not asked."""
-        if (found := self.known.transients.get((i, option.of_block))) is not None:
-            return found[1]
-        sizes = sorted(
-            found
-            for (stack, knobs), found in self.known.transients.items()
-            if stack == i and knobs.stages == option.knobs.stages
-        )
-        # What keeps more takes less as a rule, sometimes by a quarter from one choice to the next.
-        fewer = [_HOPED_THEN * taken for kept, taken in sizes if kept <= option.kept_bytes][-1:]
-        more = [_HOPED_BEFORE * taken for kept, taken in sizes if kept > option.kept_bytes][:1]
-        return max([*fewer, *more], default=_HOPED * option.block_bytes)
-
-
-def _kind(c: Combination) -> Any:
-    """What of a combination decides whether a step can be run under it."""
-    return tuple((knobs.engine, knobs.offload_carry, knobs.stages, knobs.policy) for knobs, *_ in c.options)
-
-
-def _distance(a: int, b: int) -> float:
-    return abs(math.log((a + 1) / (b + 1)))
-
-
 # By step, and by what else the compiler is told.
-_known: WeakKeyDictionary[Any, dict[Any, _Known]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[Any, dict[Any, Known]] = WeakKeyDictionary()
 
 
 def plan(
@@ -246,13 +146,13 @@ class _Search:
         as_given: bool,
         stacks: dict[str, Stack],
         combinations: list[Combination],
-        known: _Known,
+        known: Known,
         bar: Any,
     ):
         self.step, self.args, self.where, self.stacks, self.bar = step, args, where, stacks, bar
         self.as_given = as_given  # the arguments lie where they are to be
-        self.known, self.peaks = known, _Peaks(_fixed_bytes(step, args), known)
-        self.combinations = [c for c in combinations if _kind(c) not in known.refused]
+        self.known, self.peaks = known, Peaks(_fixed_bytes(step, args), known)
+        self.combinations = [c for c in combinations if kind(c) not in known.refused]
         self.plain = Combination(tuple(stack.plain() for stack in stacks.values()))
         self.begin, self.count = clock.monotonic(), 0
 
@@ -317,12 +217,12 @@ class _Search:
                 with self._under(c):
                     found = measure(self.step, *self.args, target=None if self.as_given else self.where)
             except Exception:
-                if _kind(c) == _kind(self.plain) or self.compiled(self.plain) == math.inf:
+                if kind(c) == kind(self.plain) or self.compiled(self.plain) == math.inf:
                     raise
-                self.known.refused.add(_kind(c))
-                self.combinations = [other for other in self.combinations if _kind(other) != _kind(c)]
+                self.known.refused.add(kind(c))
+                self.combinations = [other for other in self.combinations if kind(other) != kind(c)]
                 return math.inf
-            self.known.compiled[c] = _Compiled(found.peak_bytes, round(self.peaks.predicted(c)))
+            self.known.compiled[c] = Compiled(found.peak_bytes, round(self.peaks.predicted(c)))
             self.count += 1
             self.bar.update()
         return self.known.compiled[c].peak_bytes
@@ -367,11 +267,11 @@ def forget() -> None:
     _known.clear()
 
 
-def _known_of(step: Callable[..., Any], key: Any) -> _Known:
+def _known_of(step: Callable[..., Any], key: Any) -> Known:
     try:
-        return _known.setdefault(step, {}).setdefault(key, _Known())
+        return _known.setdefault(step, {}).setdefault(key, Known())
     except TypeError:  # what cannot be referred to weakly is not remembered
-        return _Known()
+        return Known()
 
 
 def _limit(budget: str | int | None, objective: str, where: targets.Target) -> float:
