@@ -59,12 +59,14 @@ _DEAR = frozenset("dot_general conv_general_dilated scan while sort top_k approx
 class Rates(NamedTuple):
     """What the time model knows of a device: bytes per second, and operations per second by dtype.
 
-    `fresh_bandwidth` is that of memory that is touched for the first time, where that costs more, as on CPUs (page faults).
+    `host_bandwidth` is that of the link to the host's memory, one direction; `fresh_bandwidth` that of memory which is
+    touched for the first time, where that costs more, as on CPUs (page faults).
     """
 
     memory_bandwidth: float
     matmul_rate: Mapping[str, float]
     vector_rate: Mapping[str, float]
+    host_bandwidth: float
     fresh_bandwidth: float = float("inf")
 
 
@@ -73,12 +75,14 @@ REFERENCE = Rates(
     memory_bandwidth=4.8e12,
     matmul_rate={"bfloat16": 9.89e14, "float16": 9.89e14, "float32": 4.94e14, "float64": 6.69e13},
     vector_rate={"float32": 6.69e13, "float64": 3.35e13},
+    host_bandwidth=6.4e10,
 )
 # Of a few CPU cores: a guess, for a machine that was not calibrated (`jaxckpt.memory.calibrate`).
 CPU = Rates(
     memory_bandwidth=1e10,
     matmul_rate={"bfloat16": 2e10, "float16": 2e10, "float32": 1e11, "float64": 5e10},
     vector_rate={"float32": 2e10, "float64": 1e10},
+    host_bandwidth=1e10,
     fresh_bandwidth=2e9,
 )
 

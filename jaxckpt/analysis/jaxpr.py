@@ -538,6 +538,16 @@ def _from_inputs(jaxpr: Any) -> list[tuple[int, int] | None]:
     return [None if isinstance(var, core.Literal) else source.get(var) for var in jaxpr.outvars]
 
 
+def donated(jaxpr: Any) -> list[Any]:
+    """The types of what a jitted function that is called in the jaxpr is given to write its results into."""
+    return [
+        var.aval
+        for eqn in jaxpr.eqns
+        for var, yes in zip(eqn.invars, eqn.params.get("donated_invars", ()), strict=False)
+        if yes
+    ]
+
+
 def constant_in_derivatives(jaxpr: Any) -> list[bool]:
     """Which outputs have no tangent, whatever the inputs have: those of which all is behind a `stop_gradient`."""
     moving = {var for var in jaxpr.invars if _is_differentiable(var)}

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxckpt._leaves import is_array, replaced, stacked_length
-from jaxckpt._plan import StackPlan, active
+from jaxckpt._plan import StackPlan, active, under
 from jaxckpt._setting import Setting, check_blocks_per_ckpt, check_snapshots, with_knobs
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis.stages import Piece, cuts_at_tags, find_cuts, in_pieces, pieces_between
@@ -67,7 +67,8 @@ def run_stack(
     check.layers_whole(xs, names)
     token = observed.set(None)
     try:
-        traced = _trace(block, setting, xs, carry, shared, names)
+        with under({}):  # stacks inside the block are no part of a plan for this one
+            traced = _trace(block, setting, xs, carry, shared, names)
     finally:
         observed.reset(token)
     if isinstance(planned, StackPlan):

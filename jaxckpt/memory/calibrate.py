@@ -39,14 +39,15 @@ def calibrate(target: Target, again: bool = False) -> Rates:
         raise ValueError(f"calibrating measures a device, and {target.name!r} is only described; take target='attached'")
     known = _read()
     if again or _key(target) not in known:
-        known[_key(target)] = _measured(target.devices[0])
+        known[_key(target)] = _measured(target)
         path = cache_file()
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({key: rates._asdict() for key, rates in known.items()}, indent=1) + "\n")
     return known[_key(target)]
 
 
-def _measured(device: Any) -> Rates:
+def _measured(target: Target) -> Rates:
+    device = target.devices[0]
     is_cpu = device.platform == "cpu"
     size, length = (1024, 2**26) if is_cpu else (8192, 2**30)
     with jax.default_device(device):
@@ -57,8 +58,9 @@ def _measured(device: Any) -> Rates:
         for dtype in _DTYPES:
             a = jnp.ones((size, size), dtype)
             matmul[dtype] = 2 * size**3 / _seconds(jax.jit(jnp.matmul), a, a)
+    link = CPU.host_bandwidth if is_cpu else (target.gpu or REFERENCE).host_bandwidth  # published
     fresh = CPU.fresh_bandwidth if is_cpu else float("inf")
-    return Rates(bandwidth, {**matmul, "float16": matmul["bfloat16"]}, {"float32": vector}, fresh)
+    return Rates(bandwidth, {**matmul, "float16": matmul["bfloat16"]}, {"float32": vector}, link, fresh)
 
 
 def _seconds(fn: Any, *args: Any) -> float:
@@ -91,5 +93,6 @@ def _is_whole(fields: Any) -> bool:
     tables = [fields["matmul_rate"], fields["vector_rate"]]
     if not all(isinstance(table, dict) and "float32" in table for table in tables):
         return False
-    rates = [fields["memory_bandwidth"], fields["fresh_bandwidth"], *(rate for table in tables for rate in table.values())]
+    links = [fields[f"{name}_bandwidth"] for name in ("memory", "host", "fresh")]
+    rates = [*links, *(rate for table in tables for rate in table.values())]
     return all(isinstance(rate, (int, float)) and rate > 0 for rate in rates)

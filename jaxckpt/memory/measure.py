@@ -1,5 +1,6 @@
 """What a function needs: bytes, as the compiler says, on a device that need not be there; seconds, on one that is."""
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -208,35 +209,28 @@ def _run(jitted: Any, args: Any, donated: bool, target: Target) -> tuple[float, 
     return statistics.median(times), stats.get("peak_bytes_in_use")
 
 
-def seconds_in_turns(programs: Sequence[Any], args: Any, target: Target) -> list[float]:
-    """The median time of a call of each program, run in turns, so that whatever else the machine does slows all alike.
+def seconds_in_turns(
+    jitted: Any, contexts: Sequence[Callable[[], contextlib.AbstractContextManager[Any]]], args: Any, target: Target
+) -> list[float]:
+    """The median time of a call under each context, in turns, so that whatever else the machine does slows all alike.
 
     Arguments:
-        programs: what `.lower(*args)` returned; all of them take and donate the same.
+        jitted: is traced anew under each context.
     """
-    compiled = [lowered.compile() for lowered in programs]
     placed = target.place(args)
     args = jax.tree.map(lambda x, to: jax.device_put(x, to.sharding) if to is not x else x, args, placed)
     is_info = lambda leaf: hasattr(leaf, "donated")  # noqa: E731
-    donated = any(info.donated for info in jax.tree.leaves(programs[0].args_info, is_leaf=is_info))
-    args = _dynamic(args, programs[0])
-    times: list[list[float]] = [[] for _ in programs]
-    for turn in range(12):
-        for program, its in zip(compiled, times, strict=True):
+    donated = any(info.donated for info in jax.tree.leaves(jitted.lower(*args).args_info, is_leaf=is_info))
+    times: list[list[float]] = [[] for _ in contexts]
+    for turn in range(13):
+        for context, its in zip(contexts, times, strict=True):
             given = jax.tree.map(lambda x: jnp.copy(x) if is_array(x) else x, args) if donated else args
-            start = clock.perf_counter()
-            jax.block_until_ready(program(*jax.block_until_ready(given)))
-            its += [clock.perf_counter() - start] * (turn > 0)
+            jax.block_until_ready(given)
+            with context():
+                start = clock.perf_counter()
+                jax.block_until_ready(jitted(*given))
+                its += [clock.perf_counter() - start] * (turn > 1)  # compiled at first, and warm at second
     return [statistics.median(its) for its in times]
-
-
-def _dynamic(args: Any, program: Any) -> Any:
-    """The arguments that a lowered program takes: all but those that are static, which are no arrays."""
-    for kinds in ((), (bool, int, float, complex)):
-        given = tuple(arg for arg in args if all(is_array(leaf) or isinstance(leaf, kinds) for leaf in jax.tree.leaves(arg)))
-        if jax.tree.structure((given, {})) == program.in_tree:
-            return given
-    return args
 
 
 def _mib(size: float) -> str:

@@ -59,7 +59,7 @@ class Option(NamedTuple):
 
     @property
     def of_block(self) -> Knobs:
-        """What is kept in a block and how it is cut: the knobs on which depends what differentiating it takes."""
+        """What is kept in a block and how it is cut: the knobs on which mostly depends what differentiating it takes."""
         return Knobs(policy=self.knobs.policy, kept=self.knobs.kept, stages=self.knobs.stages)
 
 
@@ -103,7 +103,8 @@ class Stack:
     def transient_bytes(self, of_block: Knobs, where: Target) -> int:
         """What the compiled backward pass of the blocks takes beside what it is given and what it returns.
 
-        Only that pass is compiled, with the layouts that XLA likes for what is stored, as inside a step.
+        Only that pass is compiled, of the scan engine without chunks, for gradients of `xs` and the carry, and with the
+        layouts that XLA likes for what is stored, as inside a step.
         """
         run = self.run.under(with_knobs(self.run.setting, of_block))
         xs, carry, arrays = run.leaves
@@ -197,7 +198,7 @@ class Stack:
         again *= 2 if knobs.stages and knobs.policy != "everything" else 1
         runs = advances / length + again / (forward or 1.0)
         moved = (stored - on_host) / getattr(self.rates, "fresh_bandwidth", float("inf"))
-        moved += 2 * on_host / getattr(self.rates, "host_bandwidth", float("inf"))
+        moved += 2 * on_host / self.rates.host_bandwidth
         seconds = length * forward * (runs + _OF_BACKWARD) + moved
         block_bytes = choice.largest_bytes
         if knobs.stages and self.pieces_bytes:

@@ -44,11 +44,13 @@ class Known:
         compiled: of the whole step under a combination.
         transients: what a block keeps, and what differentiating it takes, by the stack and `Option.of_block`.
         refused: kinds of combinations that the step cannot be run under.
+        silent: stacks whose blocks cannot be compiled alone.
     """
 
     compiled: dict[Combination, Compiled] = field(default_factory=dict)
     transients: dict[tuple[int, Knobs], tuple[int, int]] = field(default_factory=dict)
     refused: set[Any] = field(default_factory=set)
+    silent: set[int] = field(default_factory=set)
 
 
 class Peaks:
@@ -60,6 +62,7 @@ class Peaks:
 
     def __init__(self, fixed: int, known: Known):
         self.fixed, self.known = fixed, known
+        self._grouped: tuple[int, dict[Any, list[Combination]]] = (0, {})
 
     def predicted(self, c: Combination) -> float:
         """The peak by the model."""
@@ -76,14 +79,30 @@ class Peaks:
     def _rest(self, c: Combination) -> float:
         # The model of a scan without chunks is exact: what it misses there, the rest of the step needs under any setting.
         scans = tuple((False, False, False) for _ in c.options)
-        alike = [[other for other in self.known.compiled if other.family == family] for family in (c.family, scans)]
-        near = sorted(alike[0] or alike[1], key=lambda other: _distance(other.stored_bytes, c.stored_bytes))[:2]
-        rest = [self.known.compiled[other].peak_bytes - self.without_rest(other) for other in near]
+        families = self._families()
+        near = families.get(c.family) or families.get(scans)
+        if near is None:
+            return min([0.0, *map(self._missed, self.known.compiled)])
+        near = sorted(near, key=lambda other: _distance(other.stored_bytes, c.stored_bytes))[:2]
+        rest = [self._missed(other) for other in near]
         if len(near) < 2 or near[0].stored_bytes == near[1].stored_bytes:
-            return rest[0] if rest else 0.0
+            return rest[0]
         # A line through the two nearest, and not beyond what they need.
         share = (c.stored_bytes - near[0].stored_bytes) / (near[1].stored_bytes - near[0].stored_bytes)
         return rest[0] + min(1.0, max(0.0, share)) * (rest[1] - rest[0])
+
+    def _missed(self, c: Combination) -> float:
+        """What the model misses of a step that was compiled."""
+        return self.known.compiled[c].peak_bytes - self.without_rest(c)
+
+    def _families(self) -> dict[Any, list[Combination]]:
+        """What was compiled, by family."""
+        if self._grouped[0] != len(self.known.compiled):
+            groups: dict[Any, list[Combination]] = {}
+            for other in self.known.compiled:
+                groups.setdefault(other.family, []).append(other)
+            self._grouped = len(self.known.compiled), groups
+        return self._grouped[1]
 
     def transient(self, i: int, option: Option) -> float:
         """What differentiating a block of the `i`-th stack takes; a hopeful guess where the compiler was not asked."""

@@ -7,10 +7,12 @@ for its likes, and so on, until the fastest that should fit is one that was comp
 once is known to later plans for it, so that in one process more memory never gives a slower plan.
 """
 
+import functools
 import itertools
 import math
 import os
 import time as clock
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -96,18 +98,22 @@ def plan(
         raise ValueError(f"time=True runs the step, and {where.name!r} is only described; take target='attached'")
     if time and (missing := [leaf for leaf in jax.tree.leaves(args) if isinstance(leaf, jax.ShapeDtypeStruct)]):
         raise ValueError(f"time=True runs the step and needs arrays; among the arguments is {missing[0]}")
+    if time and objective == "memory":
+        raise ValueError("time=True chooses the fastest, and objective='memory' the least memory: leave one of them away")
     _ = where.devices  # a missing plugin is said before anything is traced
     rates = calibrated(where) if calibrate else rates_of(where)
-    stacks, program = _stacks(step, args, rates)
+    stacks, program, fixed = _stacks(step, args, rates)
     combinations = _combinations([stack.options(may_offload=where.gpu is not None) for stack in stacks.values()])
-    known = _known_of(step, (program, str(where.devices[0]), where.count))
+    known = _known_of(step, (program, str(where.devices[0]), where.count, str(rates)))
     with tqdm(desc="plan", unit="compilation", disable=not progress or None) as bar:
-        search = _Search(step, args, where, target is None, stacks, combinations, known, bar)
+        search = _Search(step, args, where, target is None, stacks, combinations, Peaks(fixed, known), bar)
         chosen = search.fastest(limit) if objective == "time" else None
         if chosen is None:
             chosen = search.least()
             if search.compiled(chosen) > limit:
                 raise ValueError(_too_little(limit, search, chosen))
+            if objective == "time":  # which the model refused, and knows better now
+                chosen = search.fastest(limit) or chosen
         measured: dict[Combination, float] = {}
         if time:
             measured = search.timed(limit)
@@ -130,7 +136,7 @@ def plan(
         budget_bytes=None if limit == math.inf else int(limit),
         chosen=rows[chosen],
         candidates=tuple(sorted(rows.values(), key=lambda row: row.seconds)),
-        least_bytes=round(min(map(search.peaks.peak, combinations))),
+        least_bytes=round(min(map(search.peaks.peak, search.combinations))),
         most_bytes=round(search.peaks.peak(everything)),
     )
 
@@ -146,13 +152,13 @@ class _Search:
         as_given: bool,
         stacks: dict[str, Stack],
         combinations: list[Combination],
-        known: Known,
+        peaks: Peaks,
         bar: Any,
     ):
         self.step, self.args, self.where, self.stacks, self.bar = step, args, where, stacks, bar
         self.as_given = as_given  # the arguments lie where they are to be
-        self.known, self.peaks = known, Peaks(_fixed_bytes(step, args), known)
-        self.combinations = [c for c in combinations if kind(c) not in known.refused]
+        self.known, self.peaks = peaks.known, peaks
+        self.combinations = [c for c in combinations if kind(c) not in peaks.known.refused]
         self.plain = Combination(tuple(stack.plain() for stack in stacks.values()))
         self.begin, self.count = clock.monotonic(), 0
 
@@ -170,7 +176,7 @@ class _Search:
             if not fitting or (there is None and self.count >= _MISSES):
                 return None
             best = min(fitting, key=lambda c: (c.seconds, self.peaks.peak(c)))
-            if there is not None and (best.seconds > _WORTH * there.seconds or self.is_late):
+            if there is not None and (best == there or best.seconds > _WORTH * there.seconds or self.is_late):
                 return there
             self._ask(best)
 
@@ -189,6 +195,7 @@ class _Search:
 
     def timed(self, limit: float) -> dict[Combination, float]:
         """The seconds of some combinations within the limit, the default knobs among them if these are."""
+        limit = min(limit, self.where.memory_bytes or math.inf)
         peaks = self.known.compiled
         least = min(self.compiled(self.plain), *(found.peak_bytes for found in peaks.values()))
         for part in (2, 4, 8):  # settings of less memory, which may be faster in truth
@@ -198,12 +205,9 @@ class _Search:
         # Of those that fit some of all speeds by the model, the fastest and the slowest among them.
         fits = [fits[i * (len(fits) - 1) // (_TIMED - 1)] for i in range(_TIMED)] if len(fits) > _TIMED else fits
         fits = list(dict.fromkeys([*fits, *[self.plain] * (peaks[self.plain].peak_bytes <= limit)]))
-        programs = []
-        for c in fits:
-            with self._under(c):
-                placed = self.args if self.as_given else self.where.place(self.args)
-                programs.append((self.step if hasattr(self.step, "lower") else jax.jit(self.step)).lower(*placed))
-        return dict(zip(fits, seconds_in_turns(programs, self.args, self.where), strict=True))
+        jitted = self.step if hasattr(self.step, "lower") else jax.jit(self.step)
+        contexts = [functools.partial(self._under, c) for c in fits]
+        return dict(zip(fits, seconds_in_turns(jitted, contexts, self.args, self.where), strict=True))
 
     def compiled(self, c: Combination) -> float:
         """The peak of the whole step; infinite where it cannot be run so.
@@ -217,8 +221,10 @@ class _Search:
                 with self._under(c):
                     found = measure(self.step, *self.args, target=None if self.as_given else self.where)
             except Exception:
-                if kind(c) == kind(self.plain) or self.compiled(self.plain) == math.inf:
+                if kind(c) == kind(self.plain):
                     raise
+                self.compiled(self.plain)  # raises what is wrong with the step itself
+                self.count += 1
                 self.known.refused.add(kind(c))
                 self.combinations = [other for other in self.combinations if kind(other) != kind(c)]
                 return math.inf
@@ -234,29 +240,35 @@ class _Search:
 
     def _considered(self) -> list[Combination]:
         """All combinations; once the time for blocks is over, those of which nothing is guessed."""
-        if clock.monotonic() - self.begin < _SECONDS_OF_BLOCKS:
+        if self._has_time_for_blocks:
             return self.combinations
         return [c for c in self.combinations if c in self.known.compiled or not self._unknown(c)] or self.combinations
 
     def _ask(self, c: Combination) -> None:
-        """Learns what a block of one stack takes, where that is not known, or else the peak of the step."""
-        for i in self._unknown(c) if self.where.count == 1 else []:
-            stack, option = list(self.stacks.values())[i], c.options[i]
-            if stack.can_be_alone:
-                self.bar.set_description(f"plan: compiling one block, {option.of_block}")
-                guess = round(self.peaks.transient(i, option))
-                try:
-                    found = stack.transient_bytes(option.of_block, self.where)
-                except Exception:  # what can only be traced or compiled in its place in the step is a guess until that is
-                    found = guess
-                self.known.transients[i, option.of_block] = option.kept_bytes, found
-                self.bar.update()
-                return
-        self.compiled(c)
+        """Learns what a block of one stack takes, where that can be asked in time, or else the peak of the step."""
+        unknown = self._unknown(c)
+        if not unknown or not self._has_time_for_blocks:
+            self.compiled(c)
+            return
+        i, option = unknown[0], c.options[unknown[0]]
+        self.bar.set_description(f"plan: compiling one block, {option.of_block}")
+        try:
+            found = list(self.stacks.values())[i].transient_bytes(option.of_block, self.where)
+            self.known.transients[i, option.of_block] = option.kept_bytes, found
+        except Exception:  # it can only be traced or compiled in its place in the step
+            self.known.silent.add(i)
+        self.bar.update()
 
     def _unknown(self, c: Combination) -> list[int]:
-        """The stacks of which it is not known what a block takes."""
-        return [i for i, option in enumerate(c.options) if (i, option.of_block) not in self.known.transients]
+        """The stacks of which it is not known what a block takes, and could be."""
+        if self.where.count > 1:
+            return []
+        asked = [i for i, stack in enumerate(self.stacks.values()) if stack.can_be_alone and i not in self.known.silent]
+        return [i for i in asked if (i, c.options[i].of_block) not in self.known.transients]
+
+    @property
+    def _has_time_for_blocks(self) -> bool:
+        return clock.monotonic() - self.begin < _SECONDS_OF_BLOCKS
 
     def _under(self, c: Combination) -> Any:
         return under(dict(zip(self.stacks, (option.knobs for option in c.options), strict=True)))
@@ -289,11 +301,11 @@ def _limit(budget: str | int | None, objective: str, where: targets.Target) -> f
     return int(budget)
 
 
-def _stacks(step: Callable[..., Any], args: Any, rates: Any) -> tuple[dict[str, Stack], Any]:
-    """The stacks that are to be planned, by name, and what identifies the program of the step."""
+def _stacks(step: Callable[..., Any], args: Any, rates: Any) -> tuple[dict[str, Stack], Any, int]:
+    """The stacks that are to be planned, by name, what identifies the program of the step, and `_fixed_bytes`."""
     arrays, with_arrays = split_arrays(args)
     found: dict[str, Stack] = {}
-    digest = ""
+    digest, fixed = "", 0
 
     def see(run: Run) -> None:
         name = run.setting.plan
@@ -316,15 +328,16 @@ def _stacks(step: Callable[..., Any], args: Any, rates: Any) -> tuple[dict[str, 
         raise ValueError(f"two stacks are built with plan={written!r}, {both}: give each its name, plan='auto:NAME'")
 
     def call(arrays: list[Any]) -> None:
-        nonlocal digest
-        digest = jx.digest(jax.make_jaxpr(lambda arrays: step(*with_arrays(arrays)))(arrays))
+        nonlocal digest, fixed
+        program = jax.make_jaxpr(lambda arrays: step(*with_arrays(arrays)))(arrays)
+        digest, fixed = jx.digest(program), _fixed_bytes(program)
 
     observe(call, arrays, see)
     if not found:
         raise ValueError(
             "no stack in the step is to be planned: build one with checkpoint_scan(..., plan='auto'), without other knobs"
         )
-    return found, (digest, tuple(str(getattr(leaf, "sharding", None)) for leaf in arrays))
+    return found, (digest, tuple(str(getattr(leaf, "sharding", None)) for leaf in arrays)), fixed
 
 
 def _combinations(options: Sequence[Sequence[Option]]) -> list[Combination]:
@@ -338,11 +351,15 @@ def _combinations(options: Sequence[Sequence[Option]]) -> list[Combination]:
     return [Combination(tuple(c)) for c in itertools.product(*thinned)]
 
 
-def _fixed_bytes(step: Callable[..., Any], args: Any) -> int:
-    """Arguments and results, as far as no memory is given from one to the other; a first guess."""
-    arrays, with_arrays = split_arrays(args)
-    results = jax.eval_shape(lambda arrays: step(*with_arrays(arrays)), arrays)
-    return sum(jx.nbytes(jax.typeof(leaf)) for leaf in [*arrays, *jax.tree.leaves(results)])
+def _fixed_bytes(program: Any) -> int:
+    """Arguments and results of a step, memory that is given from one to the other once."""
+    results = Counter((aval.shape, aval.dtype) for aval in program.out_avals)
+    total = sum(map(jx.nbytes, [*program.in_avals, *program.out_avals]))
+    for aval in jx.donated(program.jaxpr):
+        if results[aval.shape, aval.dtype]:
+            results[aval.shape, aval.dtype] -= 1
+            total -= jx.nbytes(aval)
+    return total
 
 
 def _text(c: Combination) -> str:

@@ -449,3 +449,52 @@ def test_leaks_are_checked():
     search.forget()
     with jax.checking_leaks():
         planned("1GiB")
+
+
+def test_donated_memory_is_counted_once():
+    state = jnp.ones((2**20,))
+    step = jax.jit(lambda w, x, s: (STEP(w, x)[1], s + 1), donate_argnums=2)
+    plain, with_state = planned("600KiB"), planned(600 * 1024 + state.nbytes, step=step, args=(W, X, state))
+    assert with_state.chosen.predicted_bytes == pytest.approx(with_state.peak_bytes, rel=0.05)
+    assert with_state.chosen.seconds == plain.chosen.seconds
+
+
+def test_what_a_step_needs_beside_its_stacks_is_learnt():
+    """The model knows nothing of a large head, and refuses all at first."""
+    stack = checkpoint_scan(block, plan="auto")
+    head = lambda y: jnp.sum(jax.nn.logsumexp(y @ jnp.ones((WIDTH, 4096)), 1))  # noqa: E731
+    step = lambda w, x: jax.grad(lambda w: head(stack(w, x)))(w)  # noqa: E731
+    most = measure(
+        lambda w, x: jax.grad(lambda w: head(checkpoint_scan(block, policy="everything")(w, x)))(w), W, X, target="cpu"
+    )
+    found = planned(most.peak_bytes, step=step)
+    assert found.peak_bytes <= most.peak_bytes and found.chosen.forward_runs < 1.1
+
+
+def test_a_stack_inside_of_a_block_is_no_part_of_the_plan():
+    inner = checkpoint_scan(lambda w, x: x + jnp.tanh(x @ w), plan="auto")
+    outer = checkpoint_scan(lambda w, x: jnp.sin(inner(w, x)), plan="auto")
+    w = jnp.stack([W[:2], W[2:4], W[4:6]])
+    step = lambda w, x: jax.grad(lambda w: jnp.sum(outer(w, x) ** 2))(w)  # noqa: E731
+    found = planned("1GiB", step=step, args=(w, X))
+    assert found[""].length == 3
+    assert relative_error(found.around(step)(w, X), step(w, X)) < 1e-5
+
+
+def test_static_arguments_are_timed():
+    step = jax.jit(lambda w, x, name, scale, power: STEP(w, x)[1] * scale**power, static_argnums=(2, 4))
+    found = planned("1GiB", step=step, args=(W, X, "a name", 2.0, 3), time=True, target="attached")
+    assert found.chosen.measured_seconds > 0
+
+
+def test_two_ways_to_choose_are_refused():
+    with pytest.raises(ValueError, match="time=True chooses the fastest, and objective='memory' the least memory"):
+        planned("1GiB", time=True, objective="memory", target="attached")
+
+
+def test_rates_that_were_calibrated_meanwhile_are_taken(monkeypatch):
+    before = planned("1GiB")
+    monkeypatch.setattr(search, "rates_of", lambda target: REFERENCE._replace(memory_bandwidth=1e9))
+    after = planned("1GiB")
+    assert after.chosen.seconds > before.chosen.seconds
+    assert min(c.seconds for c in after.candidates) > max(c.seconds for c in before.candidates)
