@@ -199,9 +199,7 @@ def dominance(rows: list[dict[str, Any]]) -> list[str]:
             f"In {idle} of the others nothing is run again, by the system or by the plan, which stores less all the same."
         ]
     if close := len(others) - idle:
-        lines += [
-            f"In {close} the plan runs less again and needs less memory, each by less than 15%: no setting lies between."
-        ]
+        lines += [f"In {close} the plan runs less again and needs less memory, each by less than 15%."]
     return lines if rows else []
 
 
