@@ -158,10 +158,7 @@ def measure(
     )
     if not time or found.excess_bytes or not where.is_present:
         return found
-    there = jax.tree.map(lambda x, to: jax.device_put(x, to.sharding) if to is not x else x, args, placed)
-    is_info = lambda leaf: hasattr(leaf, "donated")  # noqa: E731
-    donated = any(info.donated for info in jax.tree.leaves(lowered.args_info, is_leaf=is_info))
-    seconds, runtime_peak = _run(jitted, there, donated, where)
+    seconds, runtime_peak = _run(jitted, _put(args, placed), _donates(lowered), where)
     return dataclasses.replace(found, seconds=seconds, runtime_peak_bytes=runtime_peak)
 
 
@@ -192,6 +189,17 @@ def _place_of_compiled(compiled: Any, where: Target) -> Target:
     return where if not devices or devices == frozenset(where.devices) else targets.of_devices(devices)
 
 
+def _put(args: Any, placed: Any) -> Any:
+    """The arguments where `Target.place` says that they lie."""
+    return jax.tree.map(lambda x, to: jax.device_put(x, to.sharding) if to is not x else x, args, placed)
+
+
+def _donates(lowered: Any) -> bool:
+    """Whether a lowered program is given the memory of any argument."""
+    infos = jax.tree.leaves(lowered.args_info, is_leaf=lambda leaf: hasattr(leaf, "donated"))
+    return any(info.donated for info in infos)
+
+
 def _run(jitted: Any, args: Any, donated: bool, target: Target) -> tuple[float, int | None]:
     """The median time of a call, and the runtime's peak; with donation all arguments are copied before each call."""
 
@@ -217,10 +225,8 @@ def seconds_in_turns(
     Arguments:
         jitted: is traced anew under each context.
     """
-    placed = target.place(args)
-    args = jax.tree.map(lambda x, to: jax.device_put(x, to.sharding) if to is not x else x, args, placed)
-    is_info = lambda leaf: hasattr(leaf, "donated")  # noqa: E731
-    donated = any(info.donated for info in jax.tree.leaves(jitted.lower(*args).args_info, is_leaf=is_info))
+    args = _put(args, target.place(args))
+    donated = _donates(jitted.lower(*args))
     times: list[list[float]] = [[] for _ in contexts]
     for turn in range(13):
         for context, its in zip(contexts, times, strict=True):

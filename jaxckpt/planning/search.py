@@ -69,7 +69,8 @@ def plan(
         budget: bytes on each device, or a size such as "40GiB"; by default the memory of the target.
         target: see `jaxckpt.targets.get`; by default JAX's default device.
         objective: "time", or "memory" for the setting of the least peak, whatever it costs.
-        time: also runs the fastest few that fit, on a device that is present, and takes the one that is.
+        time: also runs some that fit, on a device that is present, and takes the fastest: the fastest by the model, some of
+            less memory, and the default knobs.
         calibrate: measures a present device's rates for the time model, once; they are kept in the user's cache folder and
             taken by later plans. Otherwise: published rates of GPUs, a guess for CPUs.
         progress: whether a bar on stderr shows what is being compiled.
@@ -117,7 +118,7 @@ def plan(
         measured: dict[Combination, float] = {}
         if time:
             measured = search.timed(limit)
-            chosen = min(measured, key=measured.__getitem__)
+            chosen = min(measured, key=measured.__getitem__, default=chosen)  # none, where none fits into the device
     everything = Combination(tuple(stack.everything() for stack in stacks.values()))
 
     def candidate(c: Combination) -> Candidate:
