@@ -14,6 +14,7 @@ from jaxckpt import policies
 from jaxckpt._leaves import is_array, named_leaves, replaced
 from jaxckpt._setting import check_blocks_per_ckpt
 from jaxckpt.analysis import jaxpr as jx
+from jaxckpt.analysis import tagging
 from jaxckpt.engine.choice import with_choice
 from jaxckpt.flax.linen import bound_module
 from jaxckpt.policies.grammar import JaxPolicy, everything, nothing
@@ -133,7 +134,7 @@ def _tags(blocks: Sequence[Callable[..., Any]], args: tuple[Any, ...]) -> frozen
     def all_blocks(arrays):
         return _split(jax.tree.leaves(_run(blocks, jax.tree.unflatten(tree, rebuild(arrays)))))[0]
 
-    return jx.tags(jx.trace(all_blocks, arrays))
+    return tagging.tags(jx.trace(all_blocks, arrays))
 
 
 def _chosen(

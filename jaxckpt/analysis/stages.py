@@ -27,6 +27,7 @@ from jax import lax
 from jax.extend import core
 
 from jaxckpt.analysis import jaxpr as jx
+from jaxckpt.analysis import tagging
 
 _MOST_CANDIDATES = 200
 _SLACK = 1.02
@@ -45,7 +46,7 @@ class Piece(NamedTuple):
 
 
 def pieces_between(closed: Any, cuts: Sequence[int], wanted: Sequence[int]) -> list[Piece]:
-    """The pieces that cuts leave; `wanted` is what `jx.residual_bytes` found."""
+    """The pieces that cuts leave; `wanted` is what `numbering.residual_bytes` found."""
     pieces = []
     for begin, end in itertools.pairwise([0, *cuts, len(closed.jaxpr.eqns)]):
         on_the_way: set[Any] = set()
@@ -67,7 +68,7 @@ def find_cuts(closed: Any, carried: Sequence[int], wanted: Sequence[int], most: 
     Arguments:
         closed: an inlined jaxpr.
         carried: which inputs count where they are still needed behind a cut; all others are there anyway.
-        wanted: for each equation the bytes that autodiff wants of it, see `jx.residual_bytes`.
+        wanted: for each equation the bytes that autodiff wants of it, see `numbering.residual_bytes`.
         most: the number of pieces at most.
     """
     n = len(closed.jaxpr.eqns)
@@ -146,15 +147,15 @@ def cuts_at_tags(closed: Any, tags: Sequence[str]) -> list[int]:
     Raises:
         ValueError: a name that nothing in the block has, or only something inside of what is not cut.
     """
-    found = [jx.tag_of(eqn) for eqn in closed.jaxpr.eqns]
+    found = [tagging.tag_of(eqn) for eqn in closed.jaxpr.eqns]
     missing = [tag for tag in tags if tag not in found]
-    if inside := jx.tags(closed).intersection(missing):
+    if inside := tagging.tags(closed).intersection(missing):
         raise ValueError(
             f"stages: {', '.join(map(repr, sorted(inside)))} tags a value inside of a loop, a branch or a function with a "
             "derivative of its own, and those are not cut: tag a value outside of it"
         )
     if missing:
-        there = ", ".join(sorted({tag for tag in found if tag is not None and not jx.is_value_name(tag)})) or "none"
+        there = ", ".join(sorted({tag for tag in found if tag is not None and not tagging.is_value_name(tag)})) or "none"
         raise ValueError(f"stages: nothing in the block is tagged {', '.join(map(repr, missing))}; its tags are: {there}")
     last = len(found) - 1
     return [i + 1 for i, tag in enumerate(found) if tag in tags and i < last]

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from jax.extend import core
 
+from jaxckpt.analysis import inlining, tagging
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis.cost import cost, is_dear
 from jaxckpt.analysis.mincut import Cut, Graph, front, hull, least_bytes
@@ -121,17 +122,17 @@ def tradeoff_of(closed: Any, rates: Any) -> Tradeoff:
 
 
 def _tradeoff(closed: Any, rates: Any) -> Tradeoff:
-    tagged = jx.as_function(jx.with_tags(closed))
+    tagged = jx.as_function(tagging.with_tags(closed))
     forward = lambda *inputs: jax.tree.leaves(jx.vjp_of_inexact(tagged, inputs)[1])  # noqa: E731
-    traced = jx.inlined(jx.trace(forward, *closed.in_avals)).jaxpr
+    traced = inlining.inlined(jx.trace(forward, *closed.in_avals)).jaxpr
     there = {*traced.invars, *traced.constvars}
     value: dict[Any, int] = {}
     sizes: list[int | None] = []
     made_by, names, needs, base = [], [], [], []
     for e, eqn in enumerate(traced.eqns):
         needs.append(_values(eqn.invars, value))
-        tag = jx.tag_of(eqn)
-        is_ours = tag is not None and jx.is_value_name(tag)
+        tag = tagging.tag_of(eqn)
+        is_ours = tag is not None and tagging.is_value_name(tag)
         for var in eqn.outvars:
             value[var] = len(sizes)
             # What a tag passes on is one value with it.

@@ -12,6 +12,7 @@ from jax import lax
 from jaxckpt._leaves import named_leaves, same_leaves
 from jaxckpt._setting import Setting
 from jaxckpt.analysis import jaxpr as jx
+from jaxckpt.analysis import sources
 from jaxckpt.engine.types import is_explicit
 
 
@@ -192,7 +193,7 @@ def effects(closed: Any, setting: Setting, names: Names) -> None:
 def warn(message: str) -> None:
     """A warning at the user's line, which stands behind frames of this library, JAX and Flax."""
     frame, depth = inspect.currentframe(), 1
-    while frame is not None and jx.is_in_library(frame.f_code.co_filename):
+    while frame is not None and sources.is_in_library(frame.f_code.co_filename):
         frame, depth = frame.f_back, depth + 1
     warnings.warn(message, stacklevel=depth)
 

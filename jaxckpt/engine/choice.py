@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jaxckpt.analysis import jaxpr as jx
+from jaxckpt.analysis import inlining, tagging
 from jaxckpt.analysis.cost import REFERENCE
 from jaxckpt.analysis.tradeoff import Choice, Tradeoff, tradeoff_of
 from jaxckpt.policies.grammar import Term
@@ -23,8 +23,8 @@ def choice_of(closed: Any, term: Term) -> tuple[Tradeoff, Choice]:
 
 def with_choice(closed: Any, term: Term) -> tuple[Any, tuple[str, ...], tuple[Tradeoff, Choice] | None]:
     """The block's jaxpr with what the term chooses tagged, the tags, and the choice, if it was not made before."""
-    flat = jx.merged(jx.inlined(closed, checkpoints=True))
+    flat = inlining.merged(inlining.inlined(closed, checkpoints=True))
     if term.values is not None:
-        return jx.with_tags(flat, frozenset(term.values)), term.values, None
+        return tagging.with_tags(flat, frozenset(term.values)), term.values, None
     trade, choice = choice_of(flat, term)
-    return jx.with_tags(flat, frozenset(choice.names)), choice.names, (trade, choice)
+    return tagging.with_tags(flat, frozenset(choice.names)), choice.names, (trade, choice)

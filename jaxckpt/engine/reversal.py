@@ -25,6 +25,7 @@ from jax.interpreters import ad
 
 from jaxckpt._leaves import replaced
 from jaxckpt._setting import Setting
+from jaxckpt.analysis import flow
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.engine.apart import always, always_on_one_gpu, apart
 from jaxckpt.engine.layout import row_major
@@ -241,10 +242,10 @@ class _Block:
 
     def _find_sources(self, closed: Any, types: Inputs) -> None:
         """Where each leaf of the pullback is when a block is reversed: the part of what is given, and its number there."""
-        invars, from_input, converted = closed.jaxpr.invars, jx.forwarded(closed.jaxpr), jx.converted(closed.jaxpr)
+        invars, from_input, converted = closed.jaxpr.invars, flow.forwarded(closed.jaxpr), flow.converted(closed.jaxpr)
         values = [id(var if k is None else invars[k]) for var, k in zip(closed.jaxpr.outvars, from_input, strict=True)]
         number = types.like(range(len(invars)))
-        varying = set(map(id, jx.dependent(closed.jaxpr, [*number.xs, *number.carry])))
+        varying = set(map(id, flow.dependent(closed.jaxpr, [*number.xs, *number.carry])))
         self._sources: list[tuple[str, int]] = []
         first: dict[int, int] = {}
         for i in range(self._ys.stop, len(values)):
@@ -258,7 +259,7 @@ class _Block:
         self._converted: dict[int, Any] = {i: converted[i] for part, i in self._sources if part == "converted"}
         self.slot = list(dict.fromkeys(i for part, i in self._sources if part == "slot"))
         self._same = list(dict.fromkeys(i for part, i in self._sources if part == "same"))
-        self._make_same = jx.as_function(jx.selected(closed, self._same))
+        self._make_same = jx.as_function(flow.selected(closed, self._same))
         carry, ys = [id(invars[k]) for k in number.carry], values[self._ys]
         self.in_carry = {i: carry.index(values[i]) for i in self.slot if values[i] in carry}
         self.in_ys = {i: ys.index(values[i]) for i in self.slot if values[i] in ys}
@@ -306,7 +307,7 @@ def _wanted(step: Step, types: Inputs, perturbed: Inputs) -> Inputs:
     inexact = types.like([_is_inexact(t) for t in types.flat()])
     wanted = types.like([p and yes for p, yes in zip(perturbed.flat(), inexact.flat(), strict=True)])
     while wanted.carry != inexact.carry:
-        moved = jx.perturbed(lambda *flat: step(types.like(flat))[0], types.flat(), _true(wanted.flat()))
+        moved = flow.perturbed(lambda *flat: step(types.like(flat))[0], types.flat(), _true(wanted.flat()))
         carry = [a or b for a, b in zip(wanted.carry, moved, strict=True)]
         if carry == wanted.carry:
             break
@@ -443,7 +444,7 @@ def _backward(saved: _Saved, cotangents: tuple[Arrays, Arrays]) -> tuple[Inputs,
     nothing_yet = Inputs(*([zeros(jax.typeof(leaf)) for leaf in part] for part in _selected(inputs, wanted)))
     sums, slots = nothing_yet._replace(carry=of_carry), saved.slots
     if None in of_ys and plan.chunks.again.any():  # then less is asked for, and room for the rest would be made in vain
-        asked = jx.used(jx.trace(lambda slot: reverse(0, slot, sums).flat(), _at(slots, 0)))
+        asked = flow.used(jx.trace(lambda slot: reverse(0, slot, sums).flat(), _at(slots, 0)))
         slots = {i: slots[i] for i, yes in zip(sorted(slots), asked, strict=True) if yes}
     state = sums, saved.snaps, slots
     (sums, _, _), _ = lax.scan(reverse_chunk, state, chunks)

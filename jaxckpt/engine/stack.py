@@ -20,6 +20,7 @@ from jax import lax
 from jaxckpt._leaves import is_array, replaced, stacked_length
 from jaxckpt._plan import StackPlan, active, under
 from jaxckpt._setting import Setting, check_blocks_per_ckpt, check_snapshots, with_knobs
+from jaxckpt.analysis import flow, inlining, numbering, tagging
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis.stages import Piece, cuts_at_tags, find_cuts, in_pieces, pieces_between
 from jaxckpt.analysis.tradeoff import Choice, Tradeoff
@@ -79,7 +80,7 @@ def run_stack(
     guarded = guard_offload(keep, setting.policy.may_offload or through_scan)
 
     x_leaves = jax.tree.leaves(xs)
-    sources = jx.forwarded(closed.jaxpr)
+    sources = flow.forwarded(closed.jaxpr)
     sources, rest_sources = sources[: len(traced.carry)], sources[len(traced.carry) :]
     # What a block returns of its own slice of `xs` unchanged, parameters above all, is `xs` and not a copy of it.
     own = {i: x_leaves[source] for i, source in enumerate(rest_sources) if source is not None and source < len(x_leaves)}
@@ -157,7 +158,7 @@ class Run:
         if self.setting.engine == "reversal":
             last, ys = reverse_blocks(step, inputs, self.length, self.setting, self.keep)
             # All that a `custom_vjp` returns has tangents, and what follows the stack may have no derivative.
-            fixed = jx.constant_in_derivatives(self.closed.jaxpr)
+            fixed = flow.constant_in_derivatives(self.closed.jaxpr)
             last = [lax.stop_gradient(leaf) if fixed[i] else leaf for i, leaf in zip(self.moving, last, strict=True)]
             ys = [lax.stop_gradient(leaf) if fixed[i] else leaf for i, leaf in zip(self.computed, ys, strict=True)]
         else:
@@ -243,8 +244,8 @@ def _cut(setting: Setting, closed: Any, carried: Sequence[int], names: check.Nam
             f"{names.block} has side effects ({', '.join(found)}), and stages cuts only blocks without: take debugging "
             "output out of the block, or leave stages away"
         )
-    flat = jx.inlined(closed, checkpoints=True)
-    wanted = jx.residual_bytes(flat)
+    flat = inlining.inlined(closed, checkpoints=True)
+    wanted = numbering.residual_bytes(flat)
     if isinstance(setting.stages, tuple):
         try:
             cuts = cuts_at_tags(flat, setting.stages)
@@ -263,7 +264,7 @@ def _cut(setting: Setting, closed: Any, carried: Sequence[int], names: check.Nam
 def _resolve(setting: Setting, closed: Any, names: check.Names) -> tuple[Any, JaxPolicy, tuple[Tradeoff, Choice] | None]:
     """The block's jaxpr, with what the policy chooses tagged if it does, the `jax.checkpoint` policy, and the choice."""
     policy = setting.policy
-    tags = jx.tags(closed) if policy.reads_tags else ()
+    tags = tagging.tags(closed) if policy.reads_tags else ()
     found: tuple[str, ...] = ()
     chosen = None
     # One block at a time is alive anyway, and nothing of it is kept for later.

@@ -22,6 +22,7 @@ from jax.extend.core import Literal
 from jaxckpt._leaves import replaced, split_arrays
 from jaxckpt._sizes import size_text
 from jaxckpt._table import aligned
+from jaxckpt.analysis import flow, inlining, numbering, sources, tagging
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis.cost import Cost, cost
 from jaxckpt.engine.stack import Run, observed
@@ -174,7 +175,7 @@ class _Residual:
     """A value in the jaxpr of a stack's forward pass that its backward pass is given."""
 
     aval: Any
-    origin: jx.Origin
+    origin: sources.Origin
 
     @property
     def stacked(self) -> bool:
@@ -230,7 +231,7 @@ def explain(
     True
     """
     run = _the_run(stack, args, keywords)
-    run = replace(run, closed=jx.inlined(run.closed))
+    run = replace(run, closed=inlining.inlined(run.closed))
     where = None if target is None else targets.get(target)
     gpu = None if where is None else where.gpu
     costs = None if gpu is None else [cost(eqn, gpu) for eqn in run.closed.jaxpr.eqns]
@@ -277,7 +278,7 @@ def _choice_of(run: Run) -> Chosen | None:
 def _converted_parameters(run: Run) -> set[int]:
     """The equations of the block that do nothing but convert what differs from block to block and enters it."""
     jaxpr = run.closed.jaxpr
-    from_input = jx.converted(jaxpr.replace(outvars=[var for eqn in jaxpr.eqns for var in eqn.outvars[:1]]))
+    from_input = flow.converted(jaxpr.replace(outvars=[var for eqn in jaxpr.eqns for var in eqn.outvars[:1]]))
     return {i for i, k in enumerate(from_input) if k is not None and k < len(run.leaves[0])}
 
 
@@ -377,7 +378,7 @@ def _residuals(run: Run) -> list[_Residual]:
     def forward(*inputs: Any) -> list[Any]:
         rest = iter(inputs)
         given, *leaves = [[next(rest) for _ in part] for part in (constants, xs, carry, arrays)]
-        last, ys = run.execute(given, leaves[0], leaves[1], leaves[2], as_function=jx.as_numbered_function)
+        last, ys = run.execute(given, leaves[0], leaves[1], leaves[2], as_function=numbering.as_numbered_function)
         return [*last, *ys]
 
     # Arrays that the block closes over are differentiated only where they are arguments of a function around the stack.
@@ -389,14 +390,14 @@ def _residuals(run: Run) -> list[_Residual]:
         return jax.tree.leaves(jx.vjp_of_inexact(of_wanted, [inputs[i] for i in where])[1])
 
     jaxpr = jx.trace(residuals, *constants, *xs, *carry, *arrays).jaxpr
-    alias = jx.aliases(run.closed.jaxpr)
+    alias = tagging.aliases(run.closed.jaxpr)
     found = []
     for var in dict.fromkeys(v for v in jaxpr.outvars if not isinstance(v, Literal)):
-        origin = jx.origin(jaxpr, var)
+        origin = sources.origin(jaxpr, var)
         if origin.number is not None:
             number = alias.get(origin.number, origin.number)
             computes = run.closed.jaxpr.eqns[number].primitive.name
-            origin = origin._replace(number=number, op=computes if origin.op in jx.WRAPPERS else origin.op)
+            origin = origin._replace(number=number, op=computes if origin.op in sources.WRAPPERS else origin.op)
         if origin.input is None or origin.input[0] in ("carry", "x"):
             found.append(_Residual(var.aval, origin))
     return found
@@ -405,7 +406,7 @@ def _residuals(run: Run) -> list[_Residual]:
 def _rows(run: Run, kept: list[_Residual], wanted: list[_Residual], alive: int, costs: list[Cost] | None) -> list[Value]:
     """What is kept, and what is wanted beside it, which is run again."""
     block = run.closed.jaxpr
-    tags = {number: tag for i, number in jx.aliases(block).items() if (tag := _own_tag(block.eqns[i])) is not None}
+    tags = {number: tag for i, number in tagging.aliases(block).items() if (tag := _own_tag(block.eqns[i])) is not None}
 
     def row(r: _Residual, fate: str) -> Value:
         number, given, op = r.origin.number, r.origin.input, r.origin.op
@@ -418,7 +419,7 @@ def _rows(run: Run, kept: list[_Residual], wanted: list[_Residual], alive: int, 
             return Value(name=name, op="input", source="", **common)
         if number is None:
             return Value(name=op, op=op, source="", **common)
-        source = r.origin.source or jx.source_of(block.eqns[number])
+        source = r.origin.source or sources.source_of(block.eqns[number])
         return Value(
             name=tags.get(number) or op,
             op=op,
@@ -442,8 +443,8 @@ def _rows(run: Run, kept: list[_Residual], wanted: list[_Residual], alive: int, 
 
 def _own_tag(eqn: Any) -> str | None:
     """The user's name for a value."""
-    tag = jx.tag_of(eqn)
-    return None if tag is None or jx.is_value_name(tag) else tag
+    tag = tagging.tag_of(eqn)
+    return None if tag is None or tagging.is_value_name(tag) else tag
 
 
 _COLUMNS = ("value", "op", "source", "shape", "bytes", "times", "fate", "re-run")

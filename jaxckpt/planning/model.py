@@ -22,6 +22,7 @@ from jax.experimental.layout import Format, Layout
 
 from jaxckpt._plan import Knobs
 from jaxckpt._setting import with_knobs
+from jaxckpt.analysis import inlining, numbering
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis.stages import find_cuts, pieces_between
 from jaxckpt.analysis.tradeoff import Choice, Tradeoff, tradeoff_of
@@ -79,8 +80,8 @@ class Stack:
     def __init__(self, run: Run, rates: Any):
         self.rates = rates
         self.described = described(run.closed, run.leaves[1], run.length)
-        flat = jx.inlined(run.closed, checkpoints=True)
-        self.trade: Tradeoff = tradeoff_of(jx.merged(flat), rates)
+        flat = inlining.inlined(run.closed, checkpoints=True)
+        self.trade: Tradeoff = tradeoff_of(inlining.merged(flat), rates)
         carry = [jax.typeof(run.leaves[1][i]) for i in run.moving]
         self.carry_bytes = sum(map(jx.nbytes, carry))
         self.pieces_bytes = None if jx.effects(run.closed) else self._pieces(flat, run)
@@ -92,7 +93,7 @@ class Stack:
 
     def _pieces(self, flat: Any, run: Run) -> int | None:
         """What is wanted at once in a block that is cut into stages; None where there is nothing to cut."""
-        wanted = jx.residual_bytes(flat)
+        wanted = numbering.residual_bytes(flat)
         slices = len(run.leaves[0])
         cuts = find_cuts(flat, range(slices, slices + len(run.leaves[1])), wanted)
         if not cuts:

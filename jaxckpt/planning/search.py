@@ -25,6 +25,7 @@ from jaxckpt._leaves import split_arrays
 from jaxckpt._plan import Candidate, Plan, StackPlan, under
 from jaxckpt._setting import is_integer
 from jaxckpt._sizes import size_of, size_text
+from jaxckpt.analysis import flow
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.engine.stack import Run, described
 from jaxckpt.memory import targets
@@ -356,7 +357,7 @@ def _fixed_bytes(program: Any) -> int:
     """Arguments and results of a step, memory that is given from one to the other once."""
     results = Counter((aval.shape, aval.dtype) for aval in program.out_avals)
     total = sum(map(jx.nbytes, [*program.in_avals, *program.out_avals]))
-    for aval in jx.donated(program.jaxpr):
+    for aval in flow.donated(program.jaxpr):
         if results[aval.shape, aval.dtype]:
             results[aval.shape, aval.dtype] -= 1
             total -= jx.nbytes(aval)

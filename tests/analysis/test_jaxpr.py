@@ -7,6 +7,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import io_callback
 
 from jaxckpt import checkpoint_scan
+from jaxckpt.analysis import flow, inlining, tagging
 from jaxckpt.analysis import jaxpr as jx
 from tests.support import random_like
 
@@ -66,15 +67,15 @@ NESTED = {
 @pytest.mark.parametrize("where", NESTED)
 def test_tags_are_found(where):
     closed = jx.trace(NESTED[where], jnp.ones(3))
-    assert jx.tags(closed) == {"here"}
+    assert tagging.tags(closed) == {"here"}
 
 
 def test_all_tags_of_a_block_and_none_of_a_block_without():
     def fn(x, i):
         return checkpoint_name(x, "a") + jax.jit(lambda x: checkpoint_name(x, "b"))(x) + tagged_in_rule(x), i
 
-    assert jx.tags(jx.trace(fn, jnp.ones(3), 1)) == {"a", "b", "here"}
-    assert jx.tags(jx.trace(jnp.sin, jnp.ones(3))) == frozenset()
+    assert tagging.tags(jx.trace(fn, jnp.ones(3), 1)) == {"a", "b", "here"}
+    assert tagging.tags(jx.trace(jnp.sin, jnp.ones(3))) == frozenset()
 
 
 @jax.custom_vjp
@@ -122,11 +123,11 @@ in_jit = jax.jit(lambda a, b: (b, a * 2))
     ],
 )
 def test_forwarded(fn, source):
-    assert jx.forwarded(jx.trace(fn, A, B).jaxpr) == source
+    assert flow.forwarded(jx.trace(fn, A, B).jaxpr) == source
 
 
 def merged(fn, *args):
-    return jx.merged(jx.inlined(jx.trace(fn, *args)))
+    return inlining.merged(inlining.inlined(jx.trace(fn, *args)))
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,7 @@ def merged(fn, *args):
     ],
 )
 def test_what_is_computed_twice_is_merged(fn, left):
-    before, after = jx.inlined(jx.trace(fn, A, B)), merged(fn, A, B)
+    before, after = inlining.inlined(jx.trace(fn, A, B)), merged(fn, A, B)
     if left is None:
         assert len(after.jaxpr.eqns) == len(before.jaxpr.eqns)
     else:

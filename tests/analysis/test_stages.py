@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import pytest
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxckpt.analysis import inlining, numbering, tagging
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis.stages import cuts_at_tags, find_cuts, in_pieces, pieces_between
 from tests.support import random_like, relative_error
@@ -22,7 +23,7 @@ X = random_like(jnp.zeros((8, 4)))
 
 
 def traced(fn, *args):
-    return jx.inlined(
+    return inlining.inlined(
         jx.trace(lambda *leaves: jax.tree.leaves(fn(*jax.tree.unflatten(tree, leaves))), *leaves_of(args)), True
     )
 
@@ -34,13 +35,13 @@ def leaves_of(args):
 
 
 def cuts_of(flat, carried, most=None):
-    return find_cuts(flat, carried, jx.residual_bytes(flat), most)
+    return find_cuts(flat, carried, numbering.residual_bytes(flat), most)
 
 
 def test_cuts_where_little_is_alive():
     flat = traced(hills, W, X)
     cuts = cuts_of(flat, carried=[6])
-    after = [jx.tag_of(flat.jaxpr.eqns[cut - 1]) or flat.jaxpr.eqns[cut - 1].primitive.name for cut in cuts]
+    after = [tagging.tag_of(flat.jaxpr.eqns[cut - 1]) or flat.jaxpr.eqns[cut - 1].primitive.name for cut in cuts]
     assert len(cuts) == 2 and set(after) <= {"low0", "low1", "dot_general"}
     crossing = [flat.jaxpr.eqns[cut - 1].outvars[0].aval.shape for cut in cuts]
     assert crossing == [(8, 4), (8, 4)]
@@ -58,7 +59,7 @@ def test_nothing_to_cut():
 def test_tags():
     flat = traced(hills, W, X)
     cuts = cuts_at_tags(flat, ["low0", "low1", "low2"])
-    assert [jx.tag_of(flat.jaxpr.eqns[cut - 1]) for cut in cuts] == ["low0", "low1"]  # behind the last there is nothing
+    assert [tagging.tag_of(flat.jaxpr.eqns[cut - 1]) for cut in cuts] == ["low0", "low1"]  # behind the last there is nothing
     with pytest.raises(ValueError, match="nothing in the block is tagged 'high'; its tags are: low0, low1, low2"):
         cuts_at_tags(flat, ["low0", "high"])
 
@@ -77,7 +78,7 @@ def twice(w, x):
 def test_pieces_compute_what_the_whole_does(fn, cuts):
     flat = traced(fn, W, X)
     cuts = range(1, len(flat.jaxpr.eqns)) if cuts == "each" else cuts
-    run = in_pieces(flat, pieces_between(flat, cuts, jx.residual_bytes(flat)), jax.checkpoint)
+    run = in_pieces(flat, pieces_between(flat, cuts, numbering.residual_bytes(flat)), jax.checkpoint)
     leaves = leaves_of((W, X))
     got = jax.value_and_grad(lambda leaves: (run(*leaves)[0] ** 2).sum())(leaves)
     want = jax.value_and_grad(lambda args: (fn(*args) ** 2).sum())((W, X))
@@ -92,7 +93,7 @@ def test_gradients_wait_for_the_last_that_autodiff_wants():
         return jnp.exp(2.0 * a) * b + 1.0
 
     flat = traced(fn, X)
-    (piece,) = pieces_between(flat, [], jx.residual_bytes(flat))
+    (piece,) = pieces_between(flat, [], numbering.residual_bytes(flat))
     names = [eqn.primitive.name for eqn in flat.jaxpr.eqns]
     assert [names[i] for i in piece.last] == ["tanh", "exp"], names
     run = in_pieces(flat, [piece], jax.checkpoint)
@@ -106,11 +107,11 @@ def test_inlining_keeps_own_derivatives_and_loops_whole():
 
     names = [eqn.primitive.name for eqn in traced(fn, X).jaxpr.eqns]
     assert "scan" in names and not {"jit", "pjit", "remat2", "checkpoint"} & set(names)
-    kept = jx.inlined(jx.trace(fn, X))
+    kept = inlining.inlined(jx.trace(fn, X))
     assert sum(map(jx.is_checkpoint, kept.jaxpr.eqns)) == 1
 
 
 def test_residual_bytes():
-    flat = jx.inlined(jx.trace(lambda x: jnp.sin(x) * 2.0, X))
-    by_name = dict(zip([eqn.primitive.name for eqn in flat.jaxpr.eqns], jx.residual_bytes(flat), strict=True))
+    flat = inlining.inlined(jx.trace(lambda x: jnp.sin(x) * 2.0, X))
+    by_name = dict(zip([eqn.primitive.name for eqn in flat.jaxpr.eqns], numbering.residual_bytes(flat), strict=True))
     assert by_name["sin"] == X.nbytes  # its cosine

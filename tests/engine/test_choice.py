@@ -13,6 +13,7 @@ from jax import lax
 from jax.extend.core import Literal
 
 from jaxckpt import checkpoint_blocks, checkpoint_scan, explain
+from jaxckpt.analysis import inlining, tagging
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.models import PairformerBlock, TransformerBlock
 from tests.support import assert_no_zero_leaf, plain_loop, pull_back, random_like, relative_error
@@ -297,9 +298,9 @@ def test_transformations():
 
 
 def test_tags_leave_the_program_as_it_is_but_for_names():
-    closed = jx.inlined(jx.trace(lambda x: jnp.sin(jnp.cos(x)) * 2, X))
-    tagged = jx.with_tags(closed, {jx.value_name(0, 0)})
+    closed = inlining.inlined(jx.trace(lambda x: jnp.sin(jnp.cos(x)) * 2, X))
+    tagged = tagging.with_tags(closed, {tagging.value_name(0, 0)})
     assert [eqn.primitive.name for eqn in tagged.jaxpr.eqns] == ["cos", "name", "sin", "mul"]
     assert not isinstance(tagged.jaxpr.eqns[2].invars[0], Literal)
     assert tagged.jaxpr.eqns[2].invars == tagged.jaxpr.eqns[1].outvars
-    assert jx.tags(tagged) == frozenset()
+    assert tagging.tags(tagged) == frozenset()

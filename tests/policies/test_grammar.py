@@ -7,6 +7,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxckpt import checkpoint_scan, policies
 from jaxckpt.analysis import jaxpr as jx
+from jaxckpt.analysis import tagging
 
 WIDTHS = {"q": 3, "k": 5, "mlp_in": 7, "mlp_out": 11}
 PARAMS = {tag: jnp.ones((2, width)) for tag, width in WIDTHS.items()}
@@ -218,7 +219,7 @@ def test_tags_are_found_wherever_they_stand():
         x = jax.checkpoint(lambda x: checkpoint_name(jnp.sin(x), "in checkpoint"))(x)
         return flash(x)
 
-    tags = jx.tags(jx.trace(nested, jnp.ones(2)))
+    tags = tagging.tags(jx.trace(nested, jnp.ones(2)))
     assert tags == {"in jit", "in scan", "in cond", "in checkpoint", "lse"}
 
 
