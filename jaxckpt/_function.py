@@ -20,7 +20,6 @@ def function_stack(block: Callable[..., Any], setting: Setting) -> Callable[...,
     def stack(params: Any, /, *carry: Any, **keywords: Any) -> Any:
         check.call_fits(block, (params,), carry, keywords, names)
         length = stacked_length(params, setting.length, f"{name}: the stacked parameters", STACK_THEM)
-        check.differentiable(params, name)
         per_block, shared = per_block_of(setting, length, keywords, names)
 
         def call(x, carry, shared):

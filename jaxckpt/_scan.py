@@ -41,7 +41,8 @@ def checkpoint_scan(
     Arguments:
         block: a Linen class (a constructor of a Linen stack is returned) or instance (a stack); an NNX class (a
             constructor that takes `rngs`), or a list of NNX modules (a stack holding their state); or any other callable
-            `f(params, *carry, **shared)` (a function of `params` with a leading axis `[N, ...]` on every leaf).
+            `f(params, *carry, **shared)` (a function of `params` with a leading axis `[N, ...]` on every leaf). Parameters
+            that are integers, flags or keys have no gradient.
         length: the number of blocks `N`. Needed for classes and instances; for a function the parameters tell it.
         blocks_per_ckpt: for how many consecutive blocks the values that `policy` keeps are alive at once. None: for the
             whole stack. `K`: the forward pass keeps the input of each chunk of `K` blocks, the backward pass re-runs one

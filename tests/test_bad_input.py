@@ -295,48 +295,6 @@ def test_ragged_leading_axes_nnx():
     assert_refused(lambda: stack(X), ValueError, "NnxBlock: ", "['linear']['bias']", "(2, 4)", f"{N} blocks")
 
 
-@pytest.mark.parametrize(
-    ("leaf", "shown"),
-    [
-        (jnp.arange(N), "int32[3]"),
-        (jnp.ones((N, 2), bool), "bool[3, 2]"),
-        (np.arange(N), "int64[3]"),
-        (jax.random.split(jax.random.key(0), N), "key<fry>[3]"),
-    ],
-)
-def test_parameters_that_have_no_gradient(leaf, shown):
-    stack = checkpoint_scan(lambda params, x: x @ params["w"])
-    parts = [f"the parameter ['step'] is {shown}", "parameters are differentiated", "per_block"]
-    assert_refused(lambda: stack({"w": W, "step": leaf}, X), TypeError, *parts)
-
-
-class LinenInteger(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        return x * self.param("count", lambda key: jnp.ones((), jnp.int32))
-
-
-class NnxInteger(nnx.Module):
-    def __init__(self, *, rngs):
-        self.count = nnx.Param(jnp.ones((), jnp.int32))
-
-    def __call__(self, x):
-        return x * self.count[...]
-
-
-def test_parameters_that_have_no_gradient_linen():
-    stack = checkpoint_scan(LinenInteger, N)()
-    parts = ["LinenInteger: the parameter ['count'] is int32[3]", "per_block"]
-    assert_refused(lambda: stack.apply({"params": {"count": jnp.ones(N, jnp.int32)}}, X), TypeError, *parts)
-    assert_refused(lambda: stack.init(jax.random.key(0), X), TypeError, *parts)
-
-
-def test_parameters_that_have_no_gradient_nnx():
-    stack = checkpoint_scan(NnxInteger, N)(rngs=nnx.Rngs(0))
-    parts = ["NnxInteger: the parameter ['count']", "int32[3]", "per_block"]
-    assert_refused(lambda: stack(X), TypeError, *parts)
-
-
 # At the first call: the carry
 
 GIVEN = "float32[2,4]"

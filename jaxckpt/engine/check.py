@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxckpt._leaves import named_leaves, same_leaves
+from jaxckpt._leaves import same_leaves
 from jaxckpt._setting import Setting
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis import sources
@@ -96,18 +96,6 @@ def layers_whole(xs: Any, names: Names) -> None:
                 f"{names.block}: {name} is {aval.str_short(mesh_axis_types=False)}, its blocks split over the mesh axis "
                 f"{axis}, and with explicit sharding one loop cannot go along a split axis. Split another axis of the "
                 f"array, or make the mesh axis {axis} Auto (jax.make_mesh(..., axis_types=...))."
-            )
-
-
-def differentiable(params: Any, block: str) -> None:
-    """Refuses parameters that have no gradient."""
-    for path, leaf in named_leaves(params):
-        dtype = getattr(leaf, "dtype", None)
-        if dtype is not None and not jnp.issubdtype(dtype, jnp.inexact):
-            raise TypeError(
-                f"{block}: the parameter {path} is {dtype}{list(jnp.shape(leaf))}, and parameters are differentiated. "
-                "Pass integers, flags and rng keys that differ from block to block as a keyword argument named in "
-                "per_block."
             )
 
 

@@ -65,7 +65,6 @@ def _run(
     per_block, shared = per_block_of(setting, setting.length, keywords, names)
     variables = flax.core.unfreeze(cast(dict, stack.variables))
     stacked_length(variables, setting.length, f"{names.block}: the stack's variables", STACK_THEM)
-    check.differentiable(variables.get("params", {}), names.block)
     _check_unbound(keywords, names)
     # Block i draws from fold_in(stack.make_rng(name), i): the same in the re-run, and whatever the chunks.
     rngs = {name: _per_block_keys(stack.make_rng(name), setting.length) for name in scope.rngs}
@@ -88,7 +87,6 @@ def _run(
         return out if scope.mutable is not False else (out, {})
 
     out = run_stack(call, setting, setting.length, (variables, rngs, per_block), carry, shared, names)
-    check.differentiable(out.extra.get("params", {}), names.block)  # those that init made
     for collection, tree in add_layer_axis(flax.core.unfreeze(out.extra)).items():
         for key, value in tree.items():
             stack.put_variable(collection, key, value)

@@ -107,7 +107,6 @@ def _run(
     per_block, shared = per_block_of(setting, setting.length, keywords, names)
     graphdef, state = nnx.split(stack)
     stacked_length(state, setting.length, f"{names.block}: the stack's state", STACK_THEM)
-    check.differentiable(nnx.filter_state(state, nnx.Param), names.block)
     check_alike(graphdef, jx.slice_types((state, per_block)), carry, shared)
 
     def call(x, carry, shared):
