@@ -1,5 +1,6 @@
 """Train deep stacks of identical blocks in a fraction of the memory, in JAX and Flax."""
 
+from jaxckpt import _start as _start  # before JAX
 from jaxckpt import policies as policies
 from jaxckpt._blocks import checkpoint_blocks as checkpoint_blocks
 from jaxckpt._params import stack_params as stack_params
