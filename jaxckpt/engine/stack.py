@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxckpt._leaves import is_array, replaced, stacked_length
-from jaxckpt._plan import StackPlan, active, under
+from jaxckpt._plan import Knobs, StackPlan, active, under
 from jaxckpt._setting import Setting, check_blocks_per_ckpt, check_snapshots, with_knobs
 from jaxckpt.analysis import flow, inlining, numbering, tagging
 from jaxckpt.analysis import jaxpr as jx
@@ -43,7 +43,14 @@ class Stacked(NamedTuple):
 
 
 def run_stack(
-    block: Block, setting: Setting, length: int, xs: Any, carry: tuple, shared: dict[str, Any], names: check.Names
+    block: Block,
+    setting: Setting,
+    length: int,
+    xs: Any,
+    carry: tuple,
+    shared: dict[str, Any],
+    names: check.Names,
+    initializes: bool = False,
 ) -> Stacked:
     """Runs `length` blocks under `setting`.
 
@@ -54,9 +61,12 @@ def run_stack(
         carry: the positional arguments of the first block.
         shared: keyword arguments that all blocks are given; those that are not arrays are static.
         names: what errors call the block and its arguments.
+        initializes: parameters are made, and nothing is differentiated: the knobs are checked, and default ones used.
     Raises:
         TypeError, ValueError: see `jaxckpt.engine.check`.
     """
+    if initializes and setting.plan is not None:  # which is for a stack that has its parameters
+        setting = dataclasses.replace(with_knobs(setting, Knobs()), plan=None)
     planned = active(setting.plan) if isinstance(setting.plan, str) else setting.plan
     if isinstance(setting.plan, str) and planned is not None:
         setting = with_knobs(setting, planned.knobs if isinstance(planned, StackPlan) else planned)
@@ -75,16 +85,19 @@ def run_stack(
     if isinstance(planned, StackPlan):
         planned.check(block=names.block, **described(traced.closed, traced.carry, length))
     check.effects(traced.closed, setting, names)
+    x_leaves = jax.tree.leaves(xs)
+    carried = range(len(x_leaves), len(x_leaves) + len(traced.carry))
+    if initializes:
+        setting = _for_init(setting, traced.closed, carried, names)
     through_scan = setting.offload_carry and setting.engine == "scan"
     closed, keep, chosen = _resolve(setting, traced.closed, names)
     guarded = guard_offload(keep, setting.policy.may_offload or through_scan)
 
-    x_leaves = jax.tree.leaves(xs)
     sources = flow.forwarded(closed.jaxpr)
     sources, rest_sources = sources[: len(traced.carry)], sources[len(traced.carry) :]
     # What a block returns of its own slice of `xs` unchanged, parameters above all, is `xs` and not a copy of it.
     own = {i: x_leaves[source] for i, source in enumerate(rest_sources) if source is not None and source < len(x_leaves)}
-    closed, pieces = _cut(setting, closed, range(len(x_leaves), len(x_leaves) + len(traced.carry)), names)
+    closed, pieces = _cut(setting, closed, carried, names)
     run = Run(
         setting=setting,
         length=length,
@@ -259,6 +272,18 @@ def _cut(setting: Setting, closed: Any, carried: Sequence[int], names: check.Nam
         check.warn(f"{names.block}: stages={asked!r} found nothing to cut; the block stays whole")
         return closed, []
     return flat, pieces_between(flat, cuts, wanted)
+
+
+def _for_init(setting: Setting, closed: Any, carried: Sequence[int], names: check.Names) -> Setting:
+    """The knobs for `init`, once those of `setting` have found the tags that they name.
+
+    A plain loop: nothing is kept, and a lifted `init` around the stack, such as that of `nn.scan` over time, can tell that
+    parameters depend on keys alone, which a `custom_vjp` hides.
+    """
+    _resolve(dataclasses.replace(setting, blocks_per_ckpt=1), closed, names)  # under which nothing is chosen
+    if isinstance(setting.stages, tuple):
+        _cut(setting, closed, carried, names)
+    return with_knobs(setting, Knobs(policy="everything"))
 
 
 def _resolve(setting: Setting, closed: Any, names: check.Names) -> tuple[Any, JaxPolicy, tuple[Tradeoff, Choice] | None]:

@@ -19,8 +19,7 @@ from flax import errors
 
 from jaxckpt._leaves import STACK_THEM, stacked_length
 from jaxckpt._metadata import add_layer_axis, remove_layer_axis
-from jaxckpt._plan import Knobs
-from jaxckpt._setting import Setting, with_knobs
+from jaxckpt._setting import Setting
 from jaxckpt.engine import check
 from jaxckpt.engine.stack import per_block_of, run_stack
 
@@ -59,8 +58,6 @@ def _run(
     if scope is None:
         raise ValueError(f"{names.block}: call stack.init or stack.apply; a Linen module outside them has no variables")
     check.call_fits(method, (stack,), carry, keywords, names)
-    if setting.plan is not None and stack.is_initializing():  # nothing is differentiated, and other things are computed
-        setting = dataclasses.replace(with_knobs(setting, Knobs()), plan=None)
     assert setting.length is not None
     per_block, shared = per_block_of(setting, setting.length, keywords, names)
     variables = flax.core.unfreeze(cast(dict, stack.variables))
@@ -86,7 +83,8 @@ def _run(
             raise ValueError(_missing_rng(names, error)) from error
         return out if scope.mutable is not False else (out, {})
 
-    out = run_stack(call, setting, setting.length, (variables, rngs, per_block), carry, shared, names)
+    xs, initializes = (variables, rngs, per_block), stack.is_initializing()
+    out = run_stack(call, setting, setting.length, xs, carry, shared, names, initializes)
     for collection, tree in add_layer_axis(flax.core.unfreeze(out.extra)).items():
         for key, value in tree.items():
             stack.put_variable(collection, key, value)

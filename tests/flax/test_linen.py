@@ -708,6 +708,56 @@ def test_a_stack_of_stacks(x):
     np.testing.assert_allclose(compiled(stack.apply, variables, x), want, rtol=1e-4, atol=1e-5)
 
 
+def over_time(**knobs):
+    """A stack in the cell of an `nn.scan` over time, with one set of parameters for all steps."""
+
+    class Cell(nn.Module):
+        @nn.compact
+        def __call__(self, carry, step):
+            y = checkpoint_scan(Small, N, **knobs)(name="deep")(carry + step)
+            return y, y.sum()
+
+    return nn.scan(Cell, variable_broadcast="params", split_rngs={"params": False})()
+
+
+OVER_TIME = [
+    {"blocks_per_ckpt": 2, "stages": 2},
+    {"policy": "cheap"},
+    {"policy": "budget:0.5", "engine": "reversal"},
+    {"engine": "reversal", "policy": "everything"},
+    {"snapshots": 2},
+    {"offload_carry": True},
+    {"plan": "auto"},
+]
+
+
+@pytest.mark.parametrize("knobs", OVER_TIME, ids=str)
+def test_a_stack_in_a_scan_over_time_is_initialised_under_every_knob(knobs, x):
+    steps = jnp.linspace(0.0, 1.0, 3)
+    assert init_types(over_time(**knobs), x, steps) == init_types(over_time(), x, steps)
+
+
+def test_a_stack_in_a_scan_over_time_has_the_same_values_and_gradients(x):
+    steps, ours = jnp.linspace(0.0, 1.0, 3), over_time(snapshots=2)
+    variables = variables_of(ours, x, steps)
+
+    def both(model):
+        return lambda v: jax.vjp(lambda v, x: model.apply(v, x, steps)[0], v, x)[1](random_like(x))
+
+    assert relative_error(compiled(both(ours), variables), compiled(both(over_time()), variables)) < 1e-5
+
+
+@pytest.mark.parametrize("knobs", [{"policy": "save:missing"}, {"stages": "tags:missing"}], ids=str)
+def test_init_finds_out_that_knobs_name_no_tag(knobs, x):
+    with pytest.raises(ValueError, match="'missing'"):
+        init_types(checkpoint_scan(Small, N, **knobs)(), x)
+
+
+def test_init_makes_no_choice(x, monkeypatch):
+    monkeypatch.setattr("jaxckpt.engine.stack.with_choice", None)
+    init_types(checkpoint_scan(Small, N, policy="cheap")(), x)
+
+
 def test_init_variants_give_one_tree(x):
     stack = checkpoint_scan(Small, N, blocks_per_ckpt=3)()
     y, variables = compiled(stack.init_with_output, KEY, x)
