@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxckpt._leaves import STACK_THEM, stacked_length
+from jaxckpt._metadata import LAYERS
 from jaxckpt._setting import Setting
 from jaxckpt.engine import check
 from jaxckpt.engine.stack import per_block_of, run_stack
@@ -12,6 +13,11 @@ from jaxckpt.engine.stack import per_block_of, run_stack
 
 def function_stack(block: Callable[..., Any], setting: Setting) -> Callable[..., Any]:
     """`stack(params, *carry, **shared)` for `block(params, *carry, **shared)`; leaves of `params` are `[N, ...]`."""
+    if setting.partition_name != LAYERS:
+        raise ValueError(
+            f"partition_name={setting.partition_name!r} is of the metadata of Flax modules, and a function's parameters are "
+            "passed on as they are: leave it away, or write it to stack_params and unstack_params"
+        )
     inner = block.func if isinstance(block, functools.partial) else block
     name = getattr(inner, "__name__", None) or type(inner).__name__
     names = check.names_of(block, name, skip=1)

@@ -9,17 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxckpt._leaves import named_leaves, stacked_length
-from jaxckpt._metadata import add_layer_axis, remove_layer_axis
+from jaxckpt._metadata import LAYERS, add_layer_axis, check_partition_name, remove_layer_axis
 
 
-def stack_params(trees: Sequence[Any] | Mapping[str, Any]) -> Any:
+def stack_params(trees: Sequence[Any] | Mapping[str, Any], *, partition_name: str | None = LAYERS) -> Any:
     """One tree whose leaves are the leaves of `trees`, stacked on a new axis 0.
 
     Meant for use outside `jit`: stacking inside costs twice the parameters in temporaries.
 
     Arguments:
         trees: `N` trees of one structure, or a mapping from per-layer names to trees, taken in natural order
-            (`"layer_2"` before `"layer_10"`). NumPy leaves stay NumPy; partitioning metadata gains the axis "layers".
+            (`"layer_2"` before `"layer_10"`). NumPy leaves stay NumPy.
+        partition_name: the name that the new axis has in Flax's partitioning metadata, as in `checkpoint_scan`.
     Returns:
         A tree of that structure with leaves `[N, ...]`, bit for bit those of `trees`.
     Raises:
@@ -28,6 +29,7 @@ def stack_params(trees: Sequence[Any] | Mapping[str, Any]) -> Any:
     >>> stack_params({"layer_10": {"w": np.ones(2)}, "layer_2": {"w": np.zeros(2)}})["w"].tolist()
     [[0.0, 0.0], [1.0, 1.0]]
     """
+    check_partition_name(partition_name)
     if isinstance(trees, Mapping):
         names = sorted(trees, key=_natural)
         trees = [trees[name] for name in names]
@@ -38,21 +40,24 @@ def stack_params(trees: Sequence[Any] | Mapping[str, Any]) -> Any:
         raise ValueError("stack_params needs at least one tree; got none")
     for name, tree in zip(names[1:], trees[1:], strict=True):
         _check_alike(names[0], trees[0], name, tree)
-    return add_layer_axis(jax.tree.map(lambda *leaves: _stack(leaves), *trees))
+    return add_layer_axis(jax.tree.map(lambda *leaves: _stack(leaves), *trees), partition_name)
 
 
-def unstack_params(tree: Any) -> list[Any]:
+def unstack_params(tree: Any, *, partition_name: str | None = LAYERS) -> list[Any]:
     """The `N` trees that `stack_params` would stack into `tree`.
 
     Arguments:
         tree: leaves `[N, ...]`.
+        partition_name: the name of the first axis in Flax's partitioning metadata.
     Raises:
         ValueError: a leaf without axes, named (an optimizer's step count is one value for all layers: unstack its
-            `mu` and `nu` instead); leading axes that differ; a tree without leaves.
+            `mu` and `nu` instead); leading axes that differ; a tree without leaves; metadata in which
+            the first axis has another name.
 
     >>> unstack_params({"w": np.arange(4.0).reshape(2, 2)})[1]["w"].tolist()
     [2.0, 3.0]
     """
+    check_partition_name(partition_name)
     scalars = [name for name, leaf in named_leaves(tree) if jnp.ndim(leaf) == 0]
     if scalars:
         raise ValueError(
@@ -62,7 +67,7 @@ def unstack_params(tree: Any) -> list[Any]:
     if not jax.tree.leaves(tree):
         raise ValueError("unstack_params: a tree without leaves does not tell the number of blocks")
     length = stacked_length(tree, None, "unstack_params")
-    return [remove_layer_axis(jax.tree.map(lambda leaf, i=i: leaf[i], tree)) for i in range(length)]
+    return [remove_layer_axis(jax.tree.map(lambda leaf, i=i: leaf[i], tree), partition_name) for i in range(length)]
 
 
 def _stack(leaves: Sequence[Any]) -> Any:

@@ -10,6 +10,7 @@ import flax.linen as nn
 from flax import nnx
 
 from jaxckpt._function import function_stack
+from jaxckpt._metadata import LAYERS
 from jaxckpt._plan import Plan, StackPlan
 from jaxckpt._setting import Setting, check_blocks_per_ckpt, make_setting
 from jaxckpt.flax.linen import linen_stack, linen_stack_instance
@@ -30,6 +31,7 @@ def checkpoint_scan(
     snapshots: int | None = None,
     offload_carry: bool = False,
     engine: str | None = None,
+    partition_name: str | None = LAYERS,
     plan: "Plan | StackPlan | str | os.PathLike[str] | None" = None,
 ) -> Callable[..., Any]:
     """A stack of `length` equal blocks, run by one `lax.scan` and checkpointed as told.
@@ -64,7 +66,10 @@ def checkpoint_scan(
         engine: who runs the backward pass. "scan": `jax.checkpoint` and `lax.scan`; all transformations of JAX work.
             "reversal": one loop over chunks, in less memory for the same knobs; no forward mode, no second derivatives.
             Default: "scan", but where `snapshots` is given, or `offload_carry` on a JAX before 0.11.1.
-        plan: all of these knobs in one: what `jaxckpt.plan` found, or the file it was saved to ("plan.json:NAME" where it
+        partition_name: the name of the layer axis in the partitioning metadata of Flax's parameters, for logical rules to
+            translate, as `nn.scan` takes it under `nn.PARTITION_NAME`; None where names are those of mesh axes, and the
+            layers are not split.
+        plan: all of the knobs in one: what `jaxckpt.plan` found, or the file it was saved to ("plan.json:NAME" where it
             has several stacks). "auto", or "auto:NAME" for one of several stacks, is for a step that is to be planned; it
             stands for the default knobs until the step is run under a plan.
 
@@ -87,7 +92,18 @@ def checkpoint_scan(
     (6, 8, 8)
     """
     setting = make_setting(
-        length, blocks_per_ckpt, policy, has_aux, per_block, unroll, stages, snapshots, offload_carry, engine, plan
+        length,
+        blocks_per_ckpt,
+        policy,
+        has_aux,
+        per_block,
+        unroll,
+        stages,
+        snapshots,
+        offload_carry,
+        engine,
+        plan,
+        partition_name,
     )
     if isinstance(block, (list, tuple, nnx.List)):
         return _from_list(list(block), setting)

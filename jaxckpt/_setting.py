@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from jaxckpt import policies
+from jaxckpt._metadata import LAYERS, check_partition_name
 from jaxckpt._plan import Knobs, Plan, StackPlan, pinned
 from jaxckpt.policies.grammar import JaxPolicy, Policy, Term
 
@@ -36,6 +37,7 @@ class Setting:
     snapshots: int | None
     offload_carry: bool
     engine: str
+    partition_name: str | None = LAYERS
     plan: StackPlan | str | None = None  # that the knobs are of; or, of a stack that is to be planned, its name
 
 
@@ -51,11 +53,15 @@ def make_setting(
     offload_carry: bool = False,
     engine: str | None = None,
     plan: "Plan | StackPlan | str | os.PathLike[str] | None" = None,
+    partition_name: str | None = LAYERS,
 ) -> Setting:
     """The checked knobs, with the default policy filled in: what each is allowed to be stands in its error."""
+    check_partition_name(partition_name)
     if plan is not None:
         given = dict(blocks_per_ckpt=blocks_per_ckpt, policy=policy, snapshots=snapshots, stages=stages, engine=engine)
-        return _planned(plan, length, has_aux, per_block, unroll, {**given, "offload_carry": offload_carry or None})
+        given["offload_carry"] = offload_carry or None
+        found = _planned(plan, length, has_aux, per_block, unroll, given)
+        return replace(found, partition_name=partition_name)
     if length is not None and (not is_integer(length) or length < 1):
         raise ValueError(f"length, the number of blocks, must be an integer of at least 1; got {length!r}")
     if blocks_per_ckpt is not None:
@@ -100,6 +106,7 @@ def make_setting(
         snapshots=None if snapshots is None else operator.index(snapshots),
         offload_carry=bool(offload_carry),
         engine=_engine(engine, unroll, snapshots, bool(offload_carry)),
+        partition_name=partition_name,
     )
 
 
@@ -142,7 +149,7 @@ def with_knobs(setting: Setting, knobs: Knobs) -> Setting:
         knobs.offload_carry,
         knobs.engine,
     )
-    return replace(found, plan=setting.plan)
+    return replace(found, plan=setting.plan, partition_name=setting.partition_name)
 
 
 def _stages(given: object) -> Stages:

@@ -78,14 +78,14 @@ def _run(
         # apply, and `sow`, `capture_intermediates` and mutable statistics work as in a module that is not stacked.
         run = flax.core.apply(one, mutable=scope.mutable, flags=scope.flags)
         try:
-            out = run(remove_layer_axis(variables), rngs=rngs)
+            out = run(remove_layer_axis(variables, setting.partition_name), rngs=rngs)
         except errors.InvalidRngError as error:
             raise ValueError(_missing_rng(names, error)) from error
         return out if scope.mutable is not False else (out, {})
 
     xs, initializes = (variables, rngs, per_block), stack.is_initializing()
     out = run_stack(call, setting, setting.length, xs, carry, shared, names, initializes)
-    for collection, tree in add_layer_axis(flax.core.unfreeze(out.extra)).items():
+    for collection, tree in add_layer_axis(flax.core.unfreeze(out.extra), setting.partition_name).items():
         for key, value in tree.items():
             stack.put_variable(collection, key, value)
     return (out.carry, out.aux) if setting.has_aux else out.carry

@@ -27,7 +27,7 @@ def nnx_stack(block: type[nnx.Module], setting: Setting) -> type[nnx.Module]:
     """The class of a stack of `block`s; its constructor takes the block's arguments."""
 
     def __init__(self, *args: Any, **kwargs: Any):
-        vars(self).update(vars(_create(block, setting.length, args, kwargs)))
+        vars(self).update(vars(_create(block, setting, args, kwargs)))
 
     return _stack_class(block, setting, {"__init__": __init__}, lambda *call: None)
 
@@ -43,11 +43,11 @@ def nnx_stack_from_list(blocks: list[nnx.Module], setting: Setting) -> nnx.Modul
             )
     _check_unshared(blocks)
     graphdefs, states = zip(*(nnx.split(b) for b in blocks), strict=True)
-    stacked = nnx.merge(graphdefs[0], stack_params(states))
+    stacked = nnx.merge(graphdefs[0], stack_params(states, partition_name=setting.partition_name))
     setting = dataclasses.replace(setting, length=len(blocks))
     # Equal modules make a stack of the kind that the class makes, so that jit sees equal stacks as equal.
     alike = len(set(graphdefs)) == 1
-    cls = nnx_stack(block, setting) if alike else _stack_class(block, setting, {}, _SameFunction(block, blocks))
+    cls = nnx_stack(block, setting) if alike else _stack_class(block, setting, {}, _SameFunction(block, blocks, setting))
     stack = object.__new__(cls)
     vars(stack).update(vars(stacked))
     return stack
@@ -67,8 +67,9 @@ def _stack_class(
     return type(f"Scan{block.__name__}", (block,), body)
 
 
-def _create(block: type[nnx.Module], length: int | None, args: tuple, kwargs: dict[str, Any]) -> nnx.Module:
-    """One module whose arrays have a layer axis: `length` constructor calls in one, by `vmap` over the rng keys."""
+def _create(block: type[nnx.Module], setting: Setting, args: tuple, kwargs: dict[str, Any]) -> nnx.Module:
+    """One module whose arrays have a layer axis: `setting.length` constructor calls in one, by `vmap` over the rng keys."""
+    length = setting.length
     leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=lambda leaf: isinstance(leaf, nnx.Pytree))
     for leaf in leaves:
         if isinstance(leaf, nnx.Module) and not isinstance(leaf, nnx.Rngs):
@@ -90,7 +91,7 @@ def _create(block: type[nnx.Module], length: int | None, args: tuple, kwargs: di
 
     states = [nnx.split(r)[1] for r in rngs]
     stacked = jax.vmap(one, axis_size=length)(states)
-    return nnx.merge(graphdefs["block"], add_layer_axis(stacked))
+    return nnx.merge(graphdefs["block"], add_layer_axis(stacked, setting.partition_name))
 
 
 def _run(
@@ -111,12 +112,12 @@ def _run(
 
     def call(x, carry, shared):
         state, per_block = x
-        one = nnx.merge(graphdef, remove_layer_axis(state))
+        one = nnx.merge(graphdef, remove_layer_axis(state, setting.partition_name))
         returned = method(one, *carry, **shared, **per_block)
         return returned, nnx.split(one)[1]
 
     out = run_stack(call, setting, setting.length, (state, per_block), carry, shared, names)
-    _write_back(stack, state, add_layer_axis(out.extra))
+    _write_back(stack, state, add_layer_axis(out.extra, setting.partition_name))
     return (out.carry, out.aux) if setting.has_aux else out.carry
 
 
@@ -160,8 +161,8 @@ class _SameFunction:
     and signature of the call.
     """
 
-    def __init__(self, block: type[nnx.Module], blocks: list[nnx.Module]):
-        self.block = block
+    def __init__(self, block: type[nnx.Module], blocks: list[nnx.Module], setting: Setting):
+        self.block, self.partition_name = block, setting.partition_name
         self.seen: set[Any] = set()
         first, *others = map(_static_attributes, blocks)
         differences = ({key: (first.get(key), value) for key, value in o.items() if first.get(key) != value} for o in others)
@@ -189,7 +190,7 @@ class _SameFunction:
     def _trace(self, graphdef: Any, difference: dict, x: Any, carry: tuple, shared: dict[str, Any]) -> Any:
         def forward(x, carry):
             state, per_block = x
-            module = nnx.merge(graphdef, remove_layer_axis(state))
+            module = nnx.merge(graphdef, remove_layer_axis(state, self.partition_name))
             for (path, name), (first, value) in difference.items():
                 node = module
                 for key in path:
