@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxckpt._equinox import OF_STACKED, holds_equinox
+
 
 def is_array(leaf: object) -> bool:
     """Whether JAX may trace and differentiate `leaf`; Python numbers, strings and other objects are static."""
@@ -48,6 +50,29 @@ def same_leaves(a: Any, b: Any) -> bool:
     return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
 
 
+def check_arrays(tree: Any, what: str, of_equinox: str = OF_STACKED) -> None:
+    """Refuses leaves that are neither arrays nor numbers, in what is to be sliced or stacked.
+
+    Arguments:
+        of_equinox: what to write for the arrays of Equinox modules.
+    """
+    for name, leaf in named_leaves(tree):
+        if not is_shaped(leaf) and not _has_type(leaf):
+            shown = getattr(leaf, "__name__", None) or repr(leaf)
+            remedy = (
+                f"write {of_equinox}" if holds_equinox(tree) else "keep it apart, and close over it or pass it by keyword"
+            )
+            raise TypeError(f"{what}: {name} is {shown} of type {type(leaf).__name__}, and no array: {remedy}")
+
+
+def _has_type(leaf: object) -> bool:
+    try:
+        jax.typeof(leaf)
+    except TypeError:
+        return False
+    return True
+
+
 # What to write where parameters have no layer axis.
 STACK_THEM = "; jaxckpt.stack_params makes one tree of per-block trees"
 
@@ -56,9 +81,11 @@ def stacked_length(tree: Any, length: int | None, what: str, remedy: str = "") -
     """The leading axis that all leaves of `tree` share, which is `length` where that is given.
 
     Raises:
+        TypeError: naming a leaf that is no array.
         ValueError: naming the leaf that has another leading axis, or none; or where nothing tells the length.
     """
     found, told_by = length, ""
+    check_arrays(tree, what)
     for name, leaf in named_leaves(tree):
         shape = jnp.shape(leaf)
         if not shape:

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxckpt._leaves import named_leaves, stacked_length
+from jaxckpt._equinox import OF_LIST
+from jaxckpt._leaves import check_arrays, named_leaves, stacked_length
 from jaxckpt._metadata import LAYERS, add_layer_axis, check_partition_name, remove_layer_axis
 
 
@@ -38,6 +39,8 @@ def stack_params(trees: Sequence[Any] | Mapping[str, Any], *, partition_name: st
         names = [str(i) for i in range(len(trees))]
     if not trees:
         raise ValueError("stack_params needs at least one tree; got none")
+    for name, tree in zip(names, trees, strict=True):
+        check_arrays(tree, f"stack_params: tree {name}", OF_LIST)
     for name, tree in zip(names[1:], trees[1:], strict=True):
         _check_alike(names[0], trees[0], name, tree)
     return add_layer_axis(jax.tree.map(lambda *leaves: _stack(leaves), *trees), partition_name)
@@ -58,6 +61,7 @@ def unstack_params(tree: Any, *, partition_name: str | None = LAYERS) -> list[An
     [2.0, 3.0]
     """
     check_partition_name(partition_name)
+    check_arrays(tree, "unstack_params", "unstack_params(eqx.filter(stacked, eqx.is_array))")
     scalars = [name for name, leaf in named_leaves(tree) if jnp.ndim(leaf) == 0]
     if scalars:
         raise ValueError(

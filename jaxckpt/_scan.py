@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 from flax import nnx
 
+from jaxckpt._equinox import OF_LIST, check_no_module, is_equinox
 from jaxckpt._function import function_stack
 from jaxckpt._metadata import LAYERS
 from jaxckpt._plan import Plan, StackPlan
@@ -121,6 +122,7 @@ def checkpoint_scan(
         return bind(linen_stack(cls, _with_length(setting, cls)))
     if isinstance(cls, type) and issubclass(cls, nnx.Module):
         return bind(nnx_stack(cls, _with_length(setting, cls)))
+    check_no_module(block, cls)
     return function_stack(block, setting)
 
 
@@ -148,6 +150,8 @@ def _from_list(blocks: list[Any], setting: Setting) -> Any:
             f"a list of Linen modules has no parameters to stack. Write checkpoint_scan({kind}, {len(blocks)})(...) for "
             "equal blocks, or checkpoint_blocks for a list of bound modules that differ"
         )
+    if is_equinox(other):
+        raise TypeError(f"a list of blocks must hold NNX modules, and {kind} is one of Equinox: write {OF_LIST}")
     raise TypeError(
         f"a list of blocks must hold NNX modules; got {kind}. For functions write checkpoint_scan(f)(stack_params(trees), "
         "x), or checkpoint_blocks(blocks, args, blocks_per_ckpt) for callables that differ"
