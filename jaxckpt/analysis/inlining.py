@@ -16,6 +16,7 @@ def inlined(closed: Any, checkpoints: bool = False) -> Any:
     checkpoints. Equations keep their source and name scope.
     """
     constants = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+    known = {id(value): var for var, value in constants.items()}
     eqns: list[Any] = []
     renamed: dict[Any, Any] = {}
 
@@ -37,7 +38,7 @@ def inlined(closed: Any, checkpoints: bool = False) -> Any:
                 renamed.update(zip(eqn.outvars, out, strict=True))
                 continue
             for var, value in zip(inner.jaxpr.constvars, inner.consts, strict=True):
-                renamed[var] = core.Var(var.aval)
+                renamed[var] = known.setdefault(id(value), core.Var(var.aval))
                 constants[renamed[var]] = value
             renamed.update(zip(inner.jaxpr.invars, list(map(now, eqn.invars)), strict=True))
             copy(inner.jaxpr, source, of_library or sources.is_of_library(inner.jaxpr))

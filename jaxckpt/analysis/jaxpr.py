@@ -1,8 +1,9 @@
 """A block's jaxpr: made once, walked, and run in place of the Python function.
 
 All knowledge of how JAX writes a jaxpr is here and in `numbering`, `inlining`, `tagging`, `flow` and `sources`. Only public
-names of `jax` and `jax.extend` are used; two things that have no public name are recognised by theirs: the primitive
-`io_callback`, and under `jax_remat3` the `call_hi_primitive` equation that stands for a tag or a checkpoint.
+names of `jax` and `jax.extend` are used; what has no public name is recognised by its own: the primitive `io_callback`, the
+error of a `custom_vjp` that closes over what is differentiated, and under `jax_remat3` the `call_hi_primitive` equation that
+stands for a tag or a checkpoint.
 """
 
 import hashlib
@@ -32,8 +33,26 @@ _HARMLESS = (_NAMED_AXIS, "DebugEffect", "OrderedDebugEffect", "ErrorEffect")
 
 
 def trace(fn: Callable[..., Any], *args: Any) -> Any:
-    """The closed jaxpr of `fn(*args)`; traced values that `fn` closes over become its constants."""
-    return jax.make_jaxpr(fn)(*args)
+    """The closed jaxpr of `fn(*args)`; traced values that `fn` closes over become its constants, its own Refs values."""
+    closed = jax.make_jaxpr(fn)(*args)
+    has_own = any(type(effect).__name__ == "InternalMutableArrayEffect" for effect in closed.effects)
+    return _without_refs(closed) if has_own and not closes_over_ref(closed) else closed
+
+
+def _without_refs(closed: Any) -> Any:
+    """The same computation without a `jax.Ref` that is born and dies in it: what is written is passed on as a value.
+
+    Differentiated as they are, such Refs give wrong gradients in `lax.scan`, and in `jax.checkpoint` those or an error. The
+    function is the one by which JAX compiles them, and has no public name.
+    """
+    from jax._src.state.discharge import discharge_state
+
+    return discharge_state(closed)
+
+
+def closes_over_ref(closed: Any) -> bool:
+    """Whether a function closes over a `jax.Ref`, which it may read and write."""
+    return any(isinstance(value, jax.Ref) for value in _constants(closed))
 
 
 def as_function(closed: Any, first: int = 0) -> Callable[..., list[Any]]:
@@ -63,13 +82,47 @@ def slice_types(tree: Any) -> Any:
 
 
 def vjp_of_inexact(fn: Callable[..., list[Any]], inputs: Sequence[Any]) -> tuple[list[Any], Callable[..., Any]]:
-    """`jax.vjp` of the outputs that have gradients, for the inputs that have."""
-    inexact = [i for i, value in enumerate(inputs) if jnp.issubdtype(value.dtype, jnp.inexact)]
+    """`jax.vjp` of the outputs that have gradients, for the inputs that can have."""
+    types = list(map(jax.typeof, inputs))
+    try:
+        return _vjp(fn, inputs, _inexact(types))
+    except Exception as error:
+        if not _is_closed_over(error):
+            raise
+    return _vjp(fn, inputs, differentiable(fn, types))
 
+
+def differentiable(fn: Callable[..., list[Any]], types: Sequence[Any]) -> list[int]:
+    """The inputs that `fn` can be differentiated by: inexact ones, but for what a `custom_vjp` inside closes over."""
+
+    def can_be(where: list[int]) -> bool:
+        try:
+            jax.eval_shape(lambda *inputs: _vjp(fn, inputs, where)[0], *types)
+        except Exception as error:
+            if not _is_closed_over(error):
+                raise
+            return False
+        return True
+
+    inexact = _inexact(types)
+    return inexact if can_be(inexact) else [i for i in inexact if can_be([i])]
+
+
+def _vjp(fn: Callable[..., list[Any]], inputs: Sequence[Any], where: Sequence[int]) -> tuple[list[Any], Callable[..., Any]]:
     def of_inexact(*values):
-        return [value for value in fn(*replaced(inputs, inexact, values)) if jnp.issubdtype(value.dtype, jnp.inexact)]
+        out = fn(*replaced(inputs, where, values))
+        return [out[k] for k in _inexact(out)]
 
-    return jax.vjp(of_inexact, *(inputs[i] for i in inexact))
+    return jax.vjp(of_inexact, *(inputs[i] for i in where))
+
+
+def _inexact(values: Sequence[Any]) -> list[int]:
+    return [i for i, value in enumerate(values) if jnp.issubdtype(value.dtype, jnp.inexact)]
+
+
+def _is_closed_over(error: Exception) -> bool:
+    """Whether it is JAX's for the derivative by an array that the function of a `custom_vjp` closes over."""
+    return type(error).__name__ == "CustomVJPException"
 
 
 def effects(closed: Any) -> list[str]:
@@ -112,7 +165,7 @@ def transparent_closed(eqn: Any) -> Any:
     if eqn.primitive.name not in _CALLS and not is_checkpoint(eqn):
         return None
     (inner,) = _inner(eqn)
-    closed = inner if hasattr(inner, "jaxpr") else core.ClosedJaxpr(inner, [])
+    closed = _closed(inner)
     return closed if len(closed.jaxpr.invars) == len(eqn.invars) else None
 
 
@@ -132,8 +185,10 @@ def inner_jaxprs(eqn: Any) -> list[Any]:
 
 
 def _inner(eqn: Any) -> list[Any]:
+    """As `inner_jaxprs`, with their constants, which `core.jaxprs_in_params` drops before JAX 0.11."""
     params = eqn.params["_prim"].params if "_prim" in eqn.params else eqn.params
-    return list(core.jaxprs_in_params(params))
+    values = [v for value in params.values() for v in (value if isinstance(value, tuple) else (value,))]
+    return [value for value in values if isinstance(value, core.Jaxpr | core.ClosedJaxpr)]
 
 
 def is_dropped(var: Any) -> bool:
@@ -157,7 +212,18 @@ def digest(closed: Any) -> str:
 
 
 def same_program(a: Any, b: Any) -> bool:
-    """Whether two closed jaxprs compute the same: equal text, and equal constants."""
-    if text(a) != text(b) or len(a.consts) != len(b.consts):
+    """Whether two closed jaxprs compute the same: equal text, and equal constants, those of nested jaxprs too."""
+    given, other = _constants(a), _constants(b)
+    if text(a) != text(b) or len(given) != len(other):
         return False
-    return all(x is y or np.array_equal(np.asarray(x), np.asarray(y)) for x, y in zip(a.consts, b.consts, strict=True))
+    return all(x is y or np.array_equal(np.asarray(x), np.asarray(y)) for x, y in zip(given, other, strict=True))
+
+
+def _constants(closed: Any) -> list[Any]:
+    """The constants of a jaxpr and of those nested in it."""
+    nested = [inner for eqn in closed.jaxpr.eqns for inner in _inner(eqn)]
+    return [*closed.consts, *(value for inner in nested for value in _constants(_closed(inner)))]
+
+
+def _closed(jaxpr: Any) -> Any:
+    return jaxpr if hasattr(jaxpr, "jaxpr") else core.ClosedJaxpr(jaxpr, [])

@@ -1,12 +1,14 @@
 """Values by name: the user's tags, given by `jax.ad_checkpoint.checkpoint_name`, and tags of our own."""
 
 from collections.abc import Callable, Container
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
 from jax.extend import core
 
 from jaxckpt._leaves import replaced
@@ -124,7 +126,8 @@ def _opened(eqn: Any, number: int, names: Container[str] | None) -> Callable[...
     def has_gradient(value: Any) -> bool:
         return jnp.issubdtype(value.dtype, jnp.inexact)
 
-    where = [i for i, var in enumerate(eqn.invars) if has_gradient(var.aval)]
+    types = [var.aval for var in eqn.invars]
+    where = jx.differentiable(run, types)
     pull_tree: Any = None
 
     def differentiated(*inputs: Any) -> tuple[list[Any], list[Any]]:
@@ -140,7 +143,7 @@ def _opened(eqn: Any, number: int, names: Container[str] | None) -> Callable[...
 
     if not where:
         return None
-    traced = jx.trace(differentiated, *(var.aval for var in eqn.invars))
+    traced = jx.trace(differentiated, *types)
     count, outvars = len(eqn.outvars), traced.jaxpr.outvars
     named = {}
     for k, (var, source) in enumerate(zip(outvars[count:], flow.forwarded(traced.jaxpr)[count:], strict=True)):
@@ -166,7 +169,25 @@ def _opened(eqn: Any, number: int, names: Container[str] | None) -> Callable[...
         return tuple(next(gradients) if i in where else None for i in range(len(eqn.invars)))
 
     call.defvjp(forward, backward)
-    return call
+    fixed = [i for i, aval in enumerate(types) if i not in where and has_gradient(aval)]
+    return lambda *inputs: call(*replaced(inputs, fixed, [_fixed(inputs[i]) for i in fixed]))
+
+
+@jax.custom_jvp
+def _fixed(x: Any) -> Any:
+    """What a `custom_vjp` closes over: the tagged one takes it as an argument, and its gradient would be silently zero."""
+    return x
+
+
+@partial(_fixed.defjvp, symbolic_zeros=True)
+def _(primals, tangents):
+    if not isinstance(tangents[0], SymbolicZero):
+        raise TypeError(
+            f"the function of a jax.custom_vjp in the block closes over {jax.typeof(primals[0]).str_short()}, or what is "
+            "computed of it, which is differentiated, and its rules say nothing about that: pass it to the function as an "
+            "argument"
+        )
+    return primals[0], tangents[0]
 
 
 def _can_be_tagged(aval: Any) -> bool:
