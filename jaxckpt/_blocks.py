@@ -15,6 +15,7 @@ from jaxckpt._leaves import is_array, named_leaves, replaced
 from jaxckpt._setting import check_blocks_per_ckpt
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis import tagging
+from jaxckpt.engine import refs
 from jaxckpt.engine.choice import with_choice
 from jaxckpt.flax.linen import bound_module
 from jaxckpt.policies.grammar import JaxPolicy, everything, nothing
@@ -43,6 +44,7 @@ def checkpoint_blocks(
     Raises:
         ValueError: `blocks_per_ckpt` is not an integer in [1, len(blocks)], or `policy` is unknown; a bound Linen
             module among the blocks writes its variables.
+        TypeError: a block is given a `jax.Ref`, or closes over one.
 
     Bound Linen modules are blocks too, in a parent's `@nn.compact` for instance. `init` runs them without chunks, which it
     does not need; what they write when applied (`batch_stats`, `sow`) cannot leave a chunk and is refused.
@@ -60,6 +62,7 @@ def checkpoint_blocks(
     modules = [module for module in map(bound_module, blocks) if module is not None]
     if any(module.is_initializing() for module in modules):
         return _run(blocks, args)
+    refs.check_given("checkpoint_blocks", [("the argument", args)])
     before = _variables(modules)
     tags = _tags(blocks, args) if policy.reads_tags else ()
     keep = functools.partial(_chosen, policy, tags) if policy.chooses else policy.for_tags(tags)
@@ -96,7 +99,7 @@ def _checkpoint(fn: Callable[..., Any], keep: "JaxPolicy | functools.partial[Any
     """`jax.checkpoint` of a function whose arguments and results may hold leaves that are not arrays.
 
     Arguments:
-        keep: the policy; or, as a `partial`, what makes one, and the function it is for, from a function of arrays.
+        keep: the policy; or, as a `partial`, what makes one, and the jaxpr it is for, from the function's jaxpr.
     """
     if keep is everything:
         return fn
@@ -111,9 +114,12 @@ def _checkpoint(fn: Callable[..., Any], keep: "JaxPolicy | functools.partial[Any
             kept, out["rebuild"] = _split(results)
             return kept
 
-        run, policy = keep(on_arrays, arrays) if isinstance(keep, functools.partial) else (on_arrays, keep)
+        closed = jx.trace(on_arrays, arrays)
+        refs.check_closed_over("checkpoint_blocks: a block", closed)
+        closed, policy = keep(closed) if isinstance(keep, functools.partial) else (closed, keep)
+        on_leaves = jx.as_function(closed)
         # The blocks of a chunk are straight-line code: without the barrier XLA would merge the re-run with the forward.
-        kept = jax.checkpoint(run, policy=policy, prevent_cse=True)(arrays)
+        kept = jax.checkpoint(lambda arrays: on_leaves(*arrays), policy=policy, prevent_cse=True)(arrays)
         return jax.tree.unflatten(out["tree"], out["rebuild"](kept))
 
     return run
@@ -137,11 +143,8 @@ def _tags(blocks: Sequence[Callable[..., Any]], args: tuple[Any, ...]) -> frozen
     return tagging.tags(jx.trace(all_blocks, arrays))
 
 
-def _chosen(
-    policy: policies.Policy, tags: Iterable[str], fn: Callable[[list[Any]], list[Any]], arrays: list[Any]
-) -> tuple[Callable[[list[Any]], list[Any]], JaxPolicy]:
-    """A block with what the policy chooses of it tagged, and the `jax.checkpoint` policy that keeps it."""
+def _chosen(policy: policies.Policy, tags: Iterable[str], closed: Any) -> tuple[Any, JaxPolicy]:
+    """A block's jaxpr with what the policy chooses of it tagged, and the `jax.checkpoint` policy that keeps it."""
     assert policy.chooses is not None
-    closed, chosen, _ = with_choice(jx.trace(fn, arrays), policy.chooses)
-    run = jx.as_function(closed)
-    return lambda arrays: run(*arrays), policy.for_tags(tags, chosen)
+    closed, chosen, _ = with_choice(closed, policy.chooses)
+    return closed, policy.for_tags(tags, chosen)

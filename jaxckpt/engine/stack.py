@@ -24,7 +24,7 @@ from jaxckpt.analysis import flow, inlining, numbering, tagging
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis.stages import Piece, cuts_at_tags, find_cuts, in_pieces, pieces_between
 from jaxckpt.analysis.tradeoff import Choice, Tradeoff
-from jaxckpt.engine import check
+from jaxckpt.engine import check, refs
 from jaxckpt.engine.choice import with_choice
 from jaxckpt.engine.offload import guard_offload
 from jaxckpt.engine.reversal import Inputs, Step, reverse_blocks
@@ -74,6 +74,8 @@ def run_stack(
         check_blocks_per_ckpt(setting.blocks_per_ckpt, length)
     if setting.snapshots is not None:
         check_snapshots(setting.snapshots, length, setting.blocks_per_ckpt)
+    of_carry = [(names.leaf(i, ()), value) for i, value in enumerate(carry)]
+    refs.check_given(names.block, [*of_carry, *shared.items(), ("the stacked parameters", xs)])
     check.carry_given(carry, names)
     check.layers_whole(xs, names)
     token = observed.set(None)
@@ -242,6 +244,7 @@ def _trace(block: Block, setting: Setting, xs: Any, carry: tuple, shared: dict[s
 
     slices = jx.slice_types(x_leaves)
     closed = jx.trace(flat, *slices, *leaves, *arrays)
+    refs.check_closed_over(names.block, closed)
     while (promoted := check.settle_carry(carry, leaves, closed.out_avals[: len(leaves)], names)) is not None:
         leaves = promoted
         closed = jx.trace(flat, *slices, *leaves, *arrays)
