@@ -10,14 +10,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import jax
-
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("jax", "jaxlib", "flax", "numpy")
 
 
 def environment(*packages: str) -> dict[str, Any]:
     """The device that JAX picks, its driver where it has one, the machine, and versions of JAX, Flax and `packages`."""
+    import jax  # not by a process that only leads others
+
     device = jax.devices()[0]
     found = {"device": device.device_kind, "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
     if device.platform == "gpu":

@@ -1,4 +1,4 @@
-"""The same training step in torch, for `time_vs_peers.py`: the blocks of `torch_ref` with the Flax stack's parameters."""
+"""The same training step in torch: the blocks of `torch_ref` with the Flax stack's parameters."""
 
 import contextlib
 from typing import Any
@@ -22,16 +22,15 @@ class TorchStep:
     """One training step: the loss of `_systems.loss_and_gradients` and its gradients by the parameters.
 
     Arguments:
-        arguments: the stacked parameters, the carry and what is shared; copied to the GPU if there is one.
+        arguments: the stacked parameters, the carry and what is shared; copied to the device.
         is_compiled: through `torch.compile`, block by block, so that what one compiles serves all.
+        device: "cpu" or "cuda".
     """
 
-    def __init__(self, stack: Stack, arguments: Any, blocks_per_ckpt: int | None, is_compiled: bool):
+    def __init__(self, stack: Stack, arguments: Any, blocks_per_ckpt: int | None, is_compiled: bool, device: str = "cpu"):
         params, carry, shared = arguments
         kind = type(stack.block).__name__
-        self.device = "cuda" if jax.default_backend() == "gpu" else "cpu"
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise RuntimeError(f"torch {torch.__version__} cannot use the GPU that JAX uses")
+        self.device = device
         self.like = {"params": params}
         self.blocks_per_ckpt = blocks_per_ckpt
         sizes = {name: getattr(stack.block, name) for name in SIZES[kind]}
@@ -70,11 +69,6 @@ class TorchStep:
         others = torch.cuda.memory_allocated() - sum(t.nbytes for t in self._tensors())
         self()
         return torch.cuda.max_memory_allocated() - others
-
-    def release(self) -> None:
-        """Gives what torch has cached back, so that JAX finds memory."""
-        if self.device == "cuda":
-            torch.cuda.empty_cache()
 
     def _tensors(self) -> list[Tensor]:
         return [*self.module.parameters(), *self.module.buffers(), *self.carry, *self.shared.values()]

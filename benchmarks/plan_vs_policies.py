@@ -3,15 +3,19 @@
 For each named policy, with and without chunks, its peak is the budget of a plan that times its best few (`time=True`). The
 plan then races against the fastest named policy whose peak is no larger: in turns, medians of the ratios of pairs.
 
-    python benchmarks/plan_vs_policies.py                                       # small stacks, on the default device
-    python benchmarks/plan_vs_policies.py --workloads pairformer-384            # a GPU's, at full size
+    python benchmarks/plan_vs_policies.py
+
+Small stacks, on the CPU; `on_gpu.py` races a plan on a GPU.
 """
 
 import argparse
+import os
 import statistics
 import time
 from pathlib import Path
 from typing import Any
+
+os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 from _results import RESULTS, environment, load, save, write_section

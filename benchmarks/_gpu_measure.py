@@ -1,0 +1,263 @@
+"""What `on_gpu.py` measures of one program: bytes, gradients, rates, whether a crop trains. Races: `_gpu_race.py`."""
+
+import functools
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from _gpu_job import Job, Row
+from _gpu_list import CROPS, OFFLOADS, PLAN
+from _gpu_programs import knobs_of, small_in_float64, stack_named, step_of
+from _race import in_a_line
+from _results import environment
+from _systems import Stack, as_tuple, largest, loop, loss_and_gradients, our_stack, values
+
+import jaxckpt
+from jaxckpt import checkpoint_scan, explain, measure, targets
+from jaxckpt.analysis import jaxpr as jx
+from jaxckpt.memory.calibrate import calibrate, rates_of
+
+_OF_BACKWARD = 2.0
+
+
+# --- about the machine ----------------------------------------------------------------------------------------------------
+
+
+def about(_: Job) -> Iterator[tuple[str, Row]]:
+    device = jax.devices()[0]
+    found = environment()
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    yield "about", {**found, "platform": device.platform, "target": targets.name_of(device.device_kind), "limit": limit}
+
+
+def rates(job: Job) -> Iterator[tuple[str, Row]]:
+    """(f) The link to the host, and what the time model wants to know, beside what is published."""
+    where = targets.get("attached")
+    published = None if where.gpu is None else where.gpu
+    if "link to the host" in job.settings:
+        yield "link to the host", {**_link(job.dry), "published_bandwidth": published and published.host_bandwidth}
+    if "calibrated" in job.settings:
+        found = calibrate(where, again=True)
+        yield (
+            "calibrated",
+            {
+                "found": found._asdict(),
+                "published": published
+                and {
+                    "memory_bandwidth": published.memory_bandwidth,
+                    "matmul_rate": dict(published.matmul_rate),
+                    "vector_rate": dict(published.vector_rate),
+                },
+            },
+        )
+
+
+def _link(dry: bool) -> Row:
+    """Bytes per second in both directions, to and from pinned memory."""
+    device = jax.devices()[0]
+    here = jax.sharding.SingleDeviceSharding(device, memory_kind="device")
+    host = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
+    x = jnp.ones(2**18 if dry else 2**28, jnp.float32)
+    on_device, on_host = (jax.block_until_ready(jax.device_put(x, place)) for place in (here, host))
+
+    def bandwidth(value: Any, place: Any) -> float:
+        seconds = []
+        for _ in range(6):
+            begin = time.perf_counter()
+            jax.block_until_ready(jax.device_put(value, place))
+            seconds.append(time.perf_counter() - begin)
+        return value.nbytes / statistics.median(seconds[1:])
+
+    return {"to_host": bandwidth(on_device, host), "from_host": bandwidth(on_host, here), "bytes": x.nbytes}
+
+
+# --- programs -------------------------------------------------------------------------------------------------------------
+
+
+def digest_of(traced: Any) -> str:
+    """What identifies a traced step, in another process too."""
+    return jx.digest(traced.jaxpr)
+
+
+def peak_of(compiled: Any) -> Row:
+    sizes = compiled.memory_analysis()
+    arguments, outputs = sizes.argument_size_in_bytes, sizes.output_size_in_bytes
+    peak = sizes.temp_size_in_bytes + arguments + outputs - sizes.alias_size_in_bytes
+    return {"temp_bytes": sizes.temp_size_in_bytes, "compiled_peak_bytes": peak}
+
+
+def compile_for_target(job: Job) -> Iterator[tuple[str, Row]]:
+    """Beforehand: bytes, seconds of compiling, seconds by the time model, and plans, for a GPU that need not be there."""
+    if job.workload == "small":
+        yield from _small_for_target(job)
+        return
+    stack = stack_named(job.workload, job.dry)
+    for setting in job.settings:
+        try:
+            yield setting, _compiled_for_target(job, stack, setting)
+        except Exception as error:  # XLA can fail on one program, which is a row that says so
+            yield setting, {"error": in_a_line(error)}
+
+
+def _compiled_for_target(job: Job, stack: Stack, setting: str) -> Row:
+    row: Row = {}
+    plan = None
+    if setting == PLAN:
+        row = planned(job, stack)
+        plan = written(job, row["plan"])
+    step = step_of(setting, stack, plan)
+    found = measure(step, *stack.arguments(), target=job.target)
+    row |= {"predicted_bytes": found.peak_bytes, "temp_bytes": found.temp_bytes, "compile_seconds": found.compile_seconds}
+    seconds = row.get("model_seconds") or model_seconds(stack, setting, job.rates_of)
+    return {**row, "model_seconds": seconds, "digest": digest_of(jax.jit(step).trace(*stack.arguments()))}
+
+
+def _small_for_target(job: Job) -> Iterator[tuple[str, Row]]:
+    """The programs whose gradients are compared."""
+    jax.config.update("jax_enable_x64", True)
+    stack = small_in_float64()
+    for setting in job.settings:
+        name, _, engine = setting.rpartition(", ")
+        step = functools.partial(loss_and_gradients, our_stack(**OFFLOADS[name], engine=engine)(stack))
+        found = measure(step, *stack.arguments(), target=job.target)
+        yield setting, {"predicted_bytes": found.peak_bytes, "compile_seconds": found.compile_seconds, "model_seconds": 0.0}
+
+
+def planned(job: Job, stack: Stack) -> Row:
+    """A plan at half the memory of no checkpointing, or of the GPU where that is less."""
+    where = targets.get(job.target)
+    whole = job.known(job.workload, "no checkpointing").get("predicted_bytes")
+    if whole is None:
+        whole = measure(step_of("no checkpointing", stack), *stack.arguments(), target=where).peak_bytes
+    budget = int(min(whole / 2, 0.95 * (where.memory_bytes or whole)))
+    run = checkpoint_scan(stack.apply, plan="auto")
+    step = functools.partial(loss_and_gradients, lambda params, carry, shared: as_tuple(run(params, *carry, **shared)))
+    begin = time.monotonic()
+    found = jaxckpt.plan(step, *stack.arguments(), budget=budget, target=where, progress=False)
+    return {
+        "plan": found.to_json(),
+        "plan_text": found.chosen.setting,
+        "budget_bytes": budget,
+        "plan_seconds": time.monotonic() - begin,
+        "model_seconds": found.chosen.seconds,
+    }
+
+
+def written(job: Job, plan: Row) -> Path:
+    """The plan as a file, which is what `checkpoint_scan(plan=...)` takes."""
+    text = json.dumps(plan)
+    path = Path(job.folder) / f"{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def model_seconds(stack: Stack, setting: str, target: str) -> float | None:
+    """What the time model says of a step: three forward passes, what is run again, and what goes to the host and back."""
+    run = checkpoint_scan(stack.apply, **_capped(knobs_of(setting, stack), stack))
+    params, carry, shared = stack.arguments()
+    found = explain(run, params, *carry, target=target, **shared)
+    if not found.forward_seconds or found.forward_runs is None:
+        return None
+    host = 2 * found.host_bytes / rates_of(targets.get(target)).host_bandwidth
+    return found.length * found.forward_seconds * (found.forward_runs + _OF_BACKWARD) + host
+
+
+def _capped(knobs: dict[str, Any], stack: Stack) -> dict[str, Any]:
+    """The same for a stack of fewer blocks than snapshots."""
+    return {**knobs, "snapshots": min(knobs["snapshots"], stack.length)} if "snapshots" in knobs else knobs
+
+
+# --- (a) peaks ------------------------------------------------------------------------------------------------------------
+
+
+def peak(job: Job) -> Iterator[tuple[str, Row]]:
+    """The peak that is compiled for the GPU by its name, and the allocator's in three steps of this process alone."""
+    stack, (setting,) = stack_named(job.workload, job.dry), job.settings
+    step, arguments = step_of(setting, stack), _values_leaf_by_leaf(stack)
+    before = _peak_in_use()
+    traced = jax.jit(step).trace(*arguments)
+    known = job.known(job.workload, setting)
+    row: Row = {"title": stack.title, "digest": digest_of(traced), "bytes_before_the_step": before}
+    begin = time.perf_counter()
+    compiled = traced.lower().compile()
+    row |= {"compile_seconds": time.perf_counter() - begin, **peak_of(compiled)}
+    for _ in range(3):
+        out = jax.block_until_ready(compiled(*arguments))
+        del out
+    row["real_bytes"] = _peak_in_use()
+    if known.get("digest") == row["digest"]:
+        row |= {"predicted_bytes": known["predicted_bytes"], "predicted": "beforehand"}
+    else:
+        predicted = measure(step, *stack.arguments(), target=job.target).peak_bytes
+        row |= {"predicted_bytes": predicted, "predicted": "on this machine"}
+    yield setting, row
+
+
+def too_large(size: int, limit: int) -> str:
+    return f"not run: needs {size / 2**30:.1f} GiB of {limit / 2**30:.1f}"
+
+
+def _peak_in_use() -> int | None:
+    """None where the allocator does not count, as on CPUs."""
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def _values_leaf_by_leaf(stack: Stack) -> Any:
+    """Random arguments, made on the host so that making them does not raise the device's peak."""
+    with jax.default_device(jax.devices("cpu")[0]):
+        on_host = jax.block_until_ready(values(stack))
+    return jax.block_until_ready(jax.device_put(on_host, jax.devices()[0]))
+
+
+# --- (b) gradients --------------------------------------------------------------------------------------------------------
+
+
+def gradients(job: Job) -> Iterator[tuple[str, Row]]:
+    """The largest difference from the plain loop's gradients, relative to their largest entry, in float64."""
+    jax.config.update("jax_enable_x64", True)
+    stack = small_in_float64()
+    arguments = values(stack)
+
+    def run(forward: Any) -> Any:
+        return jax.jit(functools.partial(loss_and_gradients, forward))(*arguments)
+
+    want = run(functools.partial(loop, stack.step, stack.length))
+    assert all(bool(jnp.any(leaf != 0)) for leaf in jax.tree.leaves(want)), "a gradient is zero, and proves nothing"
+    for setting in job.settings:
+        name, _, engine = setting.rpartition(", ")
+        try:
+            got = run(our_stack(**OFFLOADS[name], engine=engine)(stack))
+            errors = [largest(jax.tree.map(jnp.subtract, a, b)) / largest(b) for a, b in zip(got, want, strict=True)]
+            yield setting, {"error_of_loss": errors[0], "error_of_gradients": errors[1]}
+        except Exception as error:
+            yield setting, {"error": in_a_line(error)}
+
+
+# --- (e) crops ------------------------------------------------------------------------------------------------------------
+
+
+def crop(job: Job) -> Iterator[tuple[str, Row]]:
+    """Whether a Pairformer of so many tokens trains: "ours/1024". One step is made; in a dry run a limit is kept."""
+    (setting,) = job.settings
+    name, _, tokens = setting.partition("/")
+    stack = stack_named(f"{job.workload}-{tokens}", job.dry)
+    begin = time.perf_counter()
+    try:
+        traced = jax.jit(step_of(CROPS[name], stack)).trace(*stack.arguments())
+        compiled = traced.lower().compile()
+        row: Row = {"tokens": int(tokens), "compile_seconds": time.perf_counter() - begin, **peak_of(compiled)}
+        if job.limit_bytes and row["compiled_peak_bytes"] > job.limit_bytes:
+            raise MemoryError(too_large(row["compiled_peak_bytes"], job.limit_bytes))
+        arguments = _values_leaf_by_leaf(stack)
+        begin = time.perf_counter()
+        loss, _ = jax.block_until_ready(compiled(*arguments))
+        yield setting, {**row, "trains": True, "seconds": time.perf_counter() - begin, "loss": float(loss)}
+    except Exception as error:
+        yield setting, {"tokens": int(tokens), "trains": False, "why": in_a_line(error)}
