@@ -1,6 +1,9 @@
 """Where something comes of: the user's line, and the value of the block that a program keeps."""
 
-import re
+import contextlib
+import functools
+import importlib.util
+import os
 from typing import Any, NamedTuple
 
 from jax.extend import core
@@ -18,17 +21,23 @@ def source_of(eqn: Any) -> tuple[str, int] | None:
 
 def is_in_library(path: str) -> bool:
     """Whether a file is of JAX, Flax, Python or this library, its models left out."""
-    return bool(_IN_LIBRARIES.search(path))
+    return path.startswith(_LIBRARIES) and not path.startswith(_MODELS)
 
 
-_IN_LIBRARIES = re.compile(
-    r"[/\\](jax|jaxlib|flax)[/\\]|[/\\]jaxckpt[/\\](?!models[/\\])|^<|[/\\]contextlib\.py$|[/\\]functools\.py$"
-)
+def _folder_of(package: str, *inside: str) -> str:
+    """Where a package lies. Names of folders tell nothing: a user's code may lie in one that is called `jax`."""
+    spec = importlib.util.find_spec(package)
+    assert spec is not None and spec.origin is not None
+    return os.path.join(os.path.dirname(spec.origin), *inside, "")
+
+
+_LIBRARIES = (*map(_folder_of, ("jax", "jaxlib", "flax", "jaxckpt")), contextlib.__file__, functools.__file__, "<")
+_MODELS = _folder_of("jaxckpt", "models")
 
 
 def is_of_library(jaxpr: Any) -> bool:
     """Whether a jaxpr is of a function of JAX or Flax, such as `jnp.where`."""
-    return bool(_IN_LIBRARIES.search(str(jaxpr.debug_info.func_src_info)))
+    return is_in_library(jaxpr.debug_info.func_filename or "")
 
 
 class Origin(NamedTuple):
