@@ -21,10 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tqdm import tqdm
 
 import jaxckpt
 from jaxckpt import plan
+from jaxckpt._progress import Progress
 from jaxckpt._table import aligned
 from jaxckpt.models import TransformerLM
 
@@ -151,17 +151,17 @@ def train_all(batches: np.ndarray, blocks: int, size: Size, budget: str | None =
 
     programs, gradients = [], []
     losses, seconds = np.zeros((2, len(models), len(batches)))
-    with tqdm(total=losses.size, unit="step", file=sys.stderr, disable=None) as bar:
+    with Progress("demo", losses.size, "step") as progress:
         for name, model in zip(settings, models, strict=True):
-            say(bar, f"compiling {name}")
+            progress.doing(f"compiling {name}")
             programs.append(compile_step(model, optimizer, states[0], batches[0]))
         for j, batch in enumerate(batches):
             for i, program in enumerate(programs):
                 began = time.perf_counter()
                 states[i], loss = jax.block_until_ready(program(states[i], batch))
                 seconds[i, j], losses[i, j] = time.perf_counter() - began, loss
-                bar.update()
-            say(bar, f"step {j + 1} of {len(batches)}, loss {losses[0, j]:.3f}")
+                progress.advance()
+            progress.news(f"step {j + 1} of {len(batches)}, loss {losses[0, j]:.3f}")
             gradients = gradients or [first_gradient(state) for state in states]
     return [
         Result(
@@ -248,14 +248,6 @@ def about_run(options: argparse.Namespace, size: Size, text_bytes: int) -> dict[
         "steps": options.steps,
         **size._asdict(),
     }
-
-
-def say(bar: tqdm, line: str) -> None:
-    """What is going on, beside the progress bar, or as a line where there is no terminal to draw a bar in."""
-    if bar.disable:
-        print(line, file=sys.stderr, flush=True)
-    else:
-        bar.set_description(line)
 
 
 def report(about: dict[str, Any], results: Sequence[Result]) -> str:

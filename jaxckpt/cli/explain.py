@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxckpt import explain as explain_stack
+from jaxckpt._progress import Progress
 from jaxckpt.cli._stacks import add_stack_options, chosen_stack
 from jaxckpt.memory import targets
 
@@ -29,8 +30,10 @@ def run(options: argparse.Namespace) -> int:
             raise ValueError(f"--html {options.html}: there is no folder {options.html.parent}")
         if options.target is not None and targets.get(options.target).gpu is None:
             raise ValueError(f"--target {options.target}: its rates are not known; times are shown for GPUs by name or file")
-        call = chosen_stack(options, blocks_per_ckpt=options.blocks_per_ckpt, policy=options.policy)
-        found = explain_stack(call.stack, *call.args, target=options.target, **call.keywords)
+        with Progress("explain") as progress:
+            progress.doing("tracing the stack")
+            call = chosen_stack(options, blocks_per_ckpt=options.blocks_per_ckpt, policy=options.policy)
+            found = explain_stack(call.stack, *call.args, target=options.target, **call.keywords)
     except (ValueError, TypeError, OSError) as error:
         print(f"jaxckpt explain: {error}", file=sys.stderr)
         return 2

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxckpt._progress import Progress
+
 # Torch's chunk size, and the settings of `checkpoint_scan` to compare with it.
 CASES: dict[str, tuple[int, tuple[tuple[int | None, str], ...]]] = {
     "transformer": (3, ((None, "nothing"), (2, "save_qkv_proj"), (3, "dots"))),
@@ -57,11 +59,18 @@ def run(options: argparse.Namespace) -> int:
     print(f"jax {jax.__version__}, torch {torch.__version__}\n")
     print(_line(COLUMNS))
     failed = 0
-    for row in compare():
-        *setting, values, gradients, most = row
-        numbers = (f"{values:.1e}", f"{gradients:.1e}", " ".join(f"{bound:.1e}" for bound in most))
-        print(_line((*setting, *numbers, "pass" if row.passed else "FAIL")), flush=True)
-        failed += not row.passed
+    to_come = [f"{model} in float64, {policy}" for model, (_, settings) in CASES.items() for _, policy in settings]
+    to_come += [f"{model} in bfloat16" for model in CASES]
+    with Progress("parity", len(to_come), "row") as progress:
+        progress.doing(f"comparing {to_come.pop(0)}")
+        for row in compare():
+            *setting, values, gradients, most = row
+            numbers = (f"{values:.1e}", f"{gradients:.1e}", " ".join(f"{bound:.1e}" for bound in most))
+            progress.print(_line((*setting, *numbers, "pass" if row.passed else "FAIL")))
+            progress.advance()
+            if to_come:
+                progress.doing(f"comparing {to_come.pop(0)}")
+            failed += not row.passed
     print(
         "\nK: blocks_per_ckpt of the Flax stack; torch runs its own checkpoint_blocks with another. float64: the largest"
         "\ndifference from torch relative to the largest entry, dropout included. bfloat16: the distance from a float64 run,"

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
-from tqdm import tqdm
 
 from jaxckpt import explain, measure
 from jaxckpt._leaves import split_arrays
+from jaxckpt._progress import Progress
 from jaxckpt._table import aligned
 from jaxckpt.cli._stacks import Call, add_stack_options, chosen_stack, chunk_near_sqrt
 from jaxckpt.cli.plots import Point, check_plot, draw_memory_against_runs, pareto
@@ -92,9 +92,11 @@ def run(options: argparse.Namespace) -> int:
         for (k, policy), call, explanation in zip(settings, calls, found, strict=True)
     ]
     try:
-        for row, call, target in (bar := tqdm(jobs, unit="setting", dynamic_ncols=True)):
-            bar.set_description(f"{row.target}: {row.setting}")
-            rows.append(measured(row, call, target))
+        with Progress("report", len(jobs), "setting") as progress:
+            for row, call, target in jobs:
+                progress.doing(f"compiling {row.setting} for {row.target}")
+                rows.append(measured(row, call, target))
+                progress.advance()
     except KeyboardInterrupt:  # what has been measured is not lost
         interrupted = True
     if options.json:

@@ -19,10 +19,10 @@ from weakref import WeakKeyDictionary
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from jaxckpt._leaves import split_arrays
 from jaxckpt._plan import Candidate, Plan, StackPlan, under
+from jaxckpt._progress import Progress
 from jaxckpt._setting import is_integer
 from jaxckpt._sizes import size_of, size_text
 from jaxckpt.analysis import flow
@@ -74,7 +74,7 @@ def plan(
             less memory, and the default knobs.
         calibrate: measures a present device's rates for the time model, once; they are kept in the user's cache folder and
             taken by later plans. Otherwise: published rates of GPUs, a guess for CPUs.
-        progress: whether a bar on stderr shows what is being compiled.
+        progress: whether stderr shows what is being compiled and for how long: a bar in a terminal, lines elsewhere.
 
     Returns:
         The plan: `print` it, `save` it, `checkpoint_scan(..., plan=...)` pins it, `plan.around(step)` runs the step with it.
@@ -107,7 +107,7 @@ def plan(
     stacks, program, fixed = _stacks(step, args, rates)
     combinations = _combinations([stack.options(may_offload=where.gpu is not None) for stack in stacks.values()])
     known = _known_of(step, (program, str(where.devices[0]), where.count, str(rates)))
-    with tqdm(desc="plan", unit="compilation", disable=not progress or None) as bar:
+    with Progress("plan", unit="compilation", shown=progress) as bar:
         search = _Search(step, args, where, target is None, stacks, combinations, Peaks(fixed, known), bar)
         chosen = search.fastest(limit) if objective == "time" else None
         if chosen is None:
@@ -155,7 +155,7 @@ class _Search:
         stacks: dict[str, Stack],
         combinations: list[Combination],
         peaks: Peaks,
-        bar: Any,
+        bar: Progress,
     ):
         self.step, self.args, self.where, self.stacks, self.bar = step, args, where, stacks, bar
         self.as_given = as_given  # the arguments lie where they are to be
@@ -218,7 +218,7 @@ class _Search:
         the combinations, with its kind, unless it is the default knobs that fail too.
         """
         if c not in self.known.compiled:
-            self.bar.set_description(f"plan: compiling {_text(c)}")
+            self.bar.doing(f"compiling {_text(c)}")
             try:
                 with self._under(c):
                     found = measure(self.step, *self.args, target=None if self.as_given else self.where)
@@ -232,7 +232,7 @@ class _Search:
                 return math.inf
             self.known.compiled[c] = Compiled(found.peak_bytes, round(self.peaks.predicted(c)))
             self.count += 1
-            self.bar.update()
+            self.bar.advance()
         return self.known.compiled[c].peak_bytes
 
     @property
@@ -253,13 +253,13 @@ class _Search:
             self.compiled(c)
             return
         i, option = unknown[0], c.options[unknown[0]]
-        self.bar.set_description(f"plan: compiling one block, {option.of_block}")
+        self.bar.doing(f"compiling one block, {option.of_block}")
         try:
             found = list(self.stacks.values())[i].transient_bytes(option.of_block, self.where)
             self.known.transients[i, option.of_block] = option.kept_bytes, found
         except Exception:  # it can only be traced or compiled in its place in the step
             self.known.silent.add(i)
-        self.bar.update()
+        self.bar.advance()
 
     def _unknown(self, c: Combination) -> list[int]:
         """The stacks of which it is not known what a block takes, and could be."""
