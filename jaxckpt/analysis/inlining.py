@@ -51,14 +51,23 @@ def inlined(closed: Any, checkpoints: bool = False) -> Any:
 
 
 def merged(closed: Any) -> Any:
+    """`merge`, without the numbers."""
+    return merge(closed)[0]
+
+
+def merge(closed: Any) -> tuple[Any, list[int]]:
     """An inlined jaxpr in which nothing is computed twice from the same values in the same way.
 
     XLA merges such equations, and then keeps one value where the program says two: a carry of bfloat16 that is converted to
     float32 for a norm's mean and again for its variance, say. Loops, calls and side effects are left alone.
+
+    Returns:
+        The jaxpr, and for each equation of the one that was given the number of the one that stands for it.
     """
     renamed: dict[Any, Any] = {}
-    first: dict[Any, list[Any]] = {}
+    first: dict[Any, tuple[int, list[Any]]] = {}
     eqns: list[Any] = []
+    numbers: list[int] = []
 
     def now(var: Any) -> Any:
         return var if isinstance(var, core.Literal) else renamed.get(var, var)
@@ -66,12 +75,15 @@ def merged(closed: Any) -> Any:
     for eqn in closed.jaxpr.eqns:
         eqn = eqn.replace(invars=list(map(now, eqn.invars)))
         key = _computation(eqn)
-        twin = None if key is None else first.setdefault(key, eqn.outvars)
-        if twin is None or twin is eqn.outvars or any(map(jx.is_dropped, twin)):
+        number, twin = (len(eqns), eqn.outvars) if key is None else first.setdefault(key, (len(eqns), eqn.outvars))
+        if twin is eqn.outvars or any(map(jx.is_dropped, twin)):
+            numbers.append(len(eqns))
             eqns.append(eqn)
         else:
+            numbers.append(number)
             renamed.update(zip(eqn.outvars, twin, strict=True))
-    return core.ClosedJaxpr(closed.jaxpr.replace(eqns=eqns, outvars=list(map(now, closed.jaxpr.outvars))), closed.consts)
+    found = core.ClosedJaxpr(closed.jaxpr.replace(eqns=eqns, outvars=list(map(now, closed.jaxpr.outvars))), closed.consts)
+    return found, numbers
 
 
 def _computation(eqn: Any) -> Any:

@@ -75,7 +75,7 @@ def hull(graph: Graph) -> list[Cut]:
 
 def nothing_kept(graph: Graph) -> Cut:
     """The cut that keeps nothing."""
-    return _priced(graph, frozenset(), _again_for(graph, frozenset()))
+    return _priced(graph, frozenset(), again_for(graph, frozenset()))
 
 
 def least_bytes(graph: Graph, dear: Sequence[bool]) -> Cut:
@@ -146,7 +146,7 @@ def _priced(graph: Graph, kept: frozenset[int], again: frozenset[int]) -> Cut:
     return Cut(kept, again, sum(graph.sizes[v] or 0 for v in kept), sum(graph.seconds[e] for e in sorted(again)))
 
 
-def _again_for(graph: Graph, kept: frozenset[int]) -> frozenset[int]:
+def again_for(graph: Graph, kept: frozenset[int]) -> frozenset[int]:
     """What is run again for what is wanted, where these values are kept."""
     again: set[int] = set()
     left = list(graph.wanted)

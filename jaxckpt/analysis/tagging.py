@@ -1,5 +1,6 @@
 """Values by name: the user's tags, given by `jax.ad_checkpoint.checkpoint_name`, and tags of our own."""
 
+import re
 from collections.abc import Callable, Container
 from functools import partial
 from typing import Any
@@ -62,6 +63,11 @@ _VALUE = "jaxckpt_value_"
 def value_name(equation: int, k: int, is_inside: bool = False) -> str:
     """The tag that `with_tags` gives the `k`-th output of an equation, or the `k`-th value that its derivative wants."""
     return f"{_VALUE}{equation}{'in' if is_inside else 'out'}{k}"
+
+
+def equation_of(name: str) -> int:
+    """The equation that a value of `value_name` is of."""
+    return int(re.match(r"\d+", name.removeprefix(_VALUE))[0])  # pyright: ignore[reportOptionalSubscript]
 
 
 def is_value_name(tag: str) -> bool:

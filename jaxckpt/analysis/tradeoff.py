@@ -8,6 +8,7 @@ values has no tag and cannot be kept.
 
 import functools
 from collections import OrderedDict
+from collections.abc import Collection, Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from jax.extend import core
 from jaxckpt.analysis import inlining, tagging
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis.cost import cost, is_dear
-from jaxckpt.analysis.mincut import Cut, Graph, front, hull, least_bytes
+from jaxckpt.analysis.mincut import Cut, Graph, again_for, front, hull, least_bytes
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,22 @@ class Tradeoff:
     def cheap(self) -> Choice:
         """The fewest bytes under which nothing dear is run again."""
         return self._choice(least_bytes(self.graph, self.dear))
+
+    @functools.cached_property
+    def floor_seconds(self) -> float:
+        """What derivatives compute beside the block's own values: it is run under any setting, also where all is kept."""
+        return self._seconds({v for v, size in enumerate(self.graph.sizes) if size is not None})
+
+    def again_seconds(self, kept: Container[int]) -> float:
+        """What one block's backward pass runs again of the block, where the values of these equations are kept.
+
+        The one definition of it: without `floor_seconds`.
+        """
+        values = {v for v, name in enumerate(self.names) if name and tagging.equation_of(name) in kept}
+        return max(0.0, self._seconds(values) - self.floor_seconds)
+
+    def _seconds(self, kept: Collection[int]) -> float:
+        return sum(self.graph.seconds[e] for e in sorted(again_for(self.graph, frozenset(kept))))
 
     def within(self, budget: int) -> Choice:
         """The choice of the fewest seconds within so many bytes."""

@@ -119,6 +119,24 @@ def least_advances(length: int, snapshots: int) -> int:
     return r * length - math.comb(snapshots + r, snapshots + 1)
 
 
+def whole_runs(length: int, blocks_per_ckpt: int | None, snapshots: int | None, engine: str) -> float:
+    """How often all of a block is run in one training step, in the mean: in the forward pass, and for what enters chunks.
+
+    What is run again of a block to get at values that it does not keep comes beside that.
+
+    >>> whole_runs(48, None, None, "scan"), whole_runs(48, 6, None, "scan"), whole_runs(48, 6, None, "reversal")
+    (1.0, 2.0, 1.875)
+    """
+    if blocks_per_ckpt is None and snapshots is None:
+        return 1.0
+    if engine == "scan":
+        return 2.0
+    chunks = -(-length // (blocks_per_ckpt or 1))
+    steps = least_advances(chunks, snapshots) if snapshots else chunks - 1
+    # The last chunk is run once, by the forward pass; of single blocks nothing is run but to make the inputs.
+    return (steps * (blocks_per_ckpt or 1) + (length if blocks_per_ckpt else 1)) / length
+
+
 def repetitions(length: int, snapshots: int) -> int:
     """How often a step advances at most: the `r` with `C(s + r - 1, s) < l <= C(s + r, s)`."""
     r = 0

@@ -25,6 +25,8 @@ from jaxckpt._table import aligned
 from jaxckpt.analysis import flow, inlining, numbering, sources, tagging
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis.cost import Cost, cost
+from jaxckpt.analysis.tradeoff import tradeoff_of
+from jaxckpt.engine.schedule import whole_runs
 from jaxckpt.engine.stack import Run, observed
 from jaxckpt.memory import targets
 from jaxckpt.policies.grammar import everything
@@ -92,7 +94,9 @@ class Explanation:
         target: whose rates the seconds are for.
         forward_seconds, rerun_seconds: the time model's cost of one block's forward pass, and of what of it is run again to
             get at the values that are wanted and not kept. (Chunks are run once more before that, to get at their inputs.)
-            Loops and calls with a derivative of their own, and the block's own checkpoints, count as a whole.
+            What is computed twice counts once, as XLA merges it; what derivatives compute beside the block's own values
+            does not count. Loops, calls with a derivative of their own, and the block's own checkpoints count as a whole.
+        whole_runs: how often all of a block is run, in the mean, see `jaxckpt.engine.schedule.whole_runs`.
         chosen: where the policy chooses by itself, what, out of what.
     """
 
@@ -110,23 +114,25 @@ class Explanation:
     forward_seconds: float | None = None
     rerun_seconds: float | None = None
     chosen: "Chosen | None" = None
+    whole_runs: float = 1.0
 
     @property
     def forward_runs(self) -> float | None:
         """How often a block is run in one training step, parts of it by their share of the time; None without a target.
 
-        1 without checkpointing, 2 where the whole block is run again; another 1 for restoring the inputs in a chunk.
+        1 without checkpointing, 2 where the whole block is run again; up to another 1 for restoring the inputs in a chunk.
+        Plans count in the same way.
         """
         if not self.forward_seconds or self.rerun_seconds is None:
             return None
-        return 1 + (self.blocks_per_ckpt is not None) + self.rerun_seconds / self.forward_seconds
+        return self.whole_runs + self.rerun_seconds / self.forward_seconds
 
     def to_json(self) -> dict[str, Any]:
-        """All fields, as JSON has them."""
-        return dataclasses.asdict(self)
+        """All fields and the forward runs, as JSON has them."""
+        return {**dataclasses.asdict(self), "forward_runs": self.forward_runs}
 
     def __str__(self) -> str:
-        lines = aligned([_COLUMNS, *map(_cells, self.values)])
+        lines = aligned([_COLUMNS, *map(_cells, self.values)], right=(4, 5, 6))
         return "\n".join([self._title(), "", *lines, "", *self._totals()])
 
     def to_html(self) -> str:
@@ -159,7 +165,8 @@ class Explanation:
             beside = "" if self.blocks_per_ckpt is None else ", beside the run that restores its chunk"
             lines.append(
                 f"run again in each block{beside}, by the time model of {self.target}: {self.rerun_seconds * 1e3:.3g} of "
-                f"{self.forward_seconds * 1e3:.3g} ms ({share:.0%})"
+                f"{self.forward_seconds * 1e3:.3g} ms ({share:.0%}); forward runs of a block in a training step: "
+                f"{self.forward_runs:.2f}"
             )
         if self.chosen is not None:
             corners = ", ".join(f"{size_text(size)} {rerun:.0%}" for size, rerun in self.chosen.corners)
@@ -248,6 +255,7 @@ def explain(
     wanted = _residuals(replace(in_chunk, keep=everything, pieces=()))
     stored = kept if run.setting == whole else _residuals(run)
     without = wanted if alive == run.length else _residuals(replace(run, setting=whole, keep=everything, pieces=()))
+    is_single = run.setting.snapshots is not None and run.setting.blocks_per_ckpt is None  # reversed from its input alone
     return Explanation(
         block=run.names.block,
         length=run.length,
@@ -263,7 +271,8 @@ def explain(
         wanted_bytes=sum(r.bytes for r in without),
         target=None if where is None else where.name,
         chosen=_choice_of(run),
-        **_seconds(in_chunk, kept, wanted, costs),
+        whole_runs=whole_runs(run.length, run.setting.blocks_per_ckpt, run.setting.snapshots, run.setting.engine),
+        **_seconds(in_chunk, [] if is_single else kept, wanted, gpu, bool(run.pieces) and run.keep is not everything),
     )
 
 
@@ -282,16 +291,31 @@ def _converted_parameters(run: Run) -> set[int]:
     return {i for i, k in enumerate(from_input) if k is not None and k < len(run.leaves[0])}
 
 
-def _seconds(run: Run, kept: list[_Residual], wanted: list[_Residual], costs: list[Cost] | None) -> dict[str, float]:
+def _seconds(run: Run, kept: list[_Residual], wanted: list[_Residual], rates: Any, is_cut: bool) -> dict[str, float]:
     """What one block costs to run, and to run again as far as the values that are wanted and not kept need it."""
-    if costs is None:
+    if rates is None:
         return {}
     eqns = run.closed.jaxpr.eqns
-    computed_by = {var: i for i, eqn in enumerate(eqns) for var in eqn.outvars}
+    missing = _without(wanted, kept)
     # Of a loop or a call that keeps some of its values, all is run again for the others.
-    partly = {r.origin.number for r in _without(wanted, kept) if r.origin.number is not None}
-    partly = {i for i in partly if jx.inner_jaxprs(eqns[i])}
-    have = {r.origin.number for r in kept} - partly
+    partly = {r.origin.number for r in missing if r.origin.number is not None and jx.inner_jaxprs(eqns[r.origin.number])}
+    have = {r.origin.number for r in kept if r.origin.number is not None} - partly
+    if any(map(jx.is_checkpoint, eqns)):
+        forward, rerun = _beside_checkpoints(run, have, wanted, rates)
+    else:
+        closed, number = inlining.merge(run.closed)
+        trade = tradeoff_of(closed, rates)
+        forward, rerun = trade.forward_seconds, trade.again_seconds({number[i] for i in have}) if missing else 0.0
+    if is_cut:  # once to get at what crosses the cuts, and piece by piece
+        rerun *= 2
+    return {"forward_seconds": forward, "rerun_seconds": rerun}
+
+
+def _beside_checkpoints(run: Run, have: set[int], wanted: list[_Residual], rates: Any) -> tuple[float, float]:
+    """The same of a block with checkpoints of its own: they are run again when they are differentiated, whatever is kept."""
+    eqns = run.closed.jaxpr.eqns
+    costs = [cost(eqn, rates).seconds for eqn in eqns]
+    computed_by = {var: i for i, eqn in enumerate(eqns) for var in eqn.outvars}
     again: set[int] = set()
     left = [r.origin.number for r in wanted]
     while left:
@@ -300,12 +324,8 @@ def _seconds(run: Run, kept: list[_Residual], wanted: list[_Residual], costs: li
             continue
         again.add(i)
         left.extend(computed_by.get(v) for v in eqns[i].invars if not isinstance(v, Literal))
-    # The block's own checkpoints are run again when they are differentiated, whatever is kept around them.
-    own = sum(c.seconds for c, eqn in zip(costs, eqns, strict=True) if jx.is_checkpoint(eqn))
-    rerun = own + sum(costs[i].seconds for i in again)
-    if run.pieces and run.keep is not everything:  # once to get at what crosses the cuts, and piece by piece
-        rerun *= 2
-    return {"forward_seconds": sum(c.seconds for c in costs), "rerun_seconds": rerun}
+    own = sum(seconds for seconds, eqn in zip(costs, eqns, strict=True) if jx.is_checkpoint(eqn))
+    return sum(costs), own + sum(costs[i] for i in again)
 
 
 def _without(wanted: list[_Residual], kept: list[_Residual]) -> list[_Residual]:
@@ -447,13 +467,14 @@ def _own_tag(eqn: Any) -> str | None:
     return None if tag is None or tagging.is_value_name(tag) else tag
 
 
-_COLUMNS = ("value", "op", "source", "shape", "bytes", "times", "fate", "re-run")
+_COLUMNS = ("value", "op", "source", "shape", "of one block", "blocks", "in all", "fate", "re-run")
 
 
 def _cells(value: Value) -> tuple[str, ...]:
     shape = f"{value.dtype}[{','.join(map(str, value.shape))}]"
     spent = "" if value.seconds is None else f"{'~' * value.is_guess}{value.seconds * 1e6:,.1f} us"
-    return (value.name, value.op, value.source, shape, size_text(value.bytes), f"x{value.times}", value.fate, spent)
+    sizes = size_text(value.bytes_per_block), str(value.times), size_text(value.bytes)
+    return (value.name, value.op, value.source, shape, *sizes, value.fate, spent)
 
 
 _PAGE = """<!doctype html>

@@ -26,7 +26,7 @@ from jaxckpt.analysis import inlining, numbering
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis.stages import find_cuts, pieces_between
 from jaxckpt.analysis.tradeoff import Choice, Tradeoff, tradeoff_of
-from jaxckpt.engine.schedule import least_advances
+from jaxckpt.engine.schedule import whole_runs
 from jaxckpt.engine.stack import Run, described
 from jaxckpt.memory.targets import Target
 
@@ -185,19 +185,14 @@ class Stack:
         on_host = 0
         if per_chunk is None and knobs.snapshots is None and not knobs.offload_carry:
             stored = length * (carry + choice.bytes)
-            advances = length
         else:
             inputs = knobs.snapshots or chunks
             on_host = carry * inputs if knobs.offload_carry else 0
             stored = (2 * carry if knobs.offload_carry else inputs * carry) + (per_chunk or 0) * (carry + choice.bytes)
-            # The last chunk is run once, by the forward pass; in chunks of one nothing is run but to make the inputs.
-            steps = least_advances(chunks, knobs.snapshots) if knobs.snapshots else chunks - 1
-            advances = steps * (per_chunk or 1) + (length if per_chunk else 1)
             stored += 0 if per_chunk else carry
-        # What a derivative computes beside the block is run under any setting, also where all is kept.
-        again = max(0.0, choice.rerun_seconds - (0.0 if choice.bytes >= self.trade.wanted_bytes else self._floor))
+        again = 0.0 if choice.bytes >= self.trade.wanted_bytes else choice.rerun_seconds - self.trade.floor_seconds
         again *= 2 if knobs.stages and knobs.policy != "everything" else 1
-        runs = advances / length + again / (forward or 1.0)
+        runs = whole_runs(length, per_chunk, knobs.snapshots, knobs.engine) + max(0.0, again) / (forward or 1.0)
         moved = (stored - on_host) / getattr(self.rates, "fresh_bandwidth", float("inf"))
         moved += 2 * on_host / self.rates.host_bandwidth
         seconds = length * forward * (runs + _OF_BACKWARD) + moved
@@ -205,10 +200,6 @@ class Stack:
         if knobs.stages and self.pieces_bytes:
             block_bytes = min(block_bytes, self.pieces_bytes)
         return Option(knobs, stored, choice.bytes, block_bytes, seconds, runs)
-
-    @property
-    def _floor(self) -> float:
-        return self.trade.choices[-1].rerun_seconds
 
 
 def _type(leaf: Any) -> jax.ShapeDtypeStruct:

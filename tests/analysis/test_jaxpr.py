@@ -153,6 +153,13 @@ def test_what_is_computed_twice_is_merged(fn, left):
     assert jx.as_function(after)(A, B)[0].tolist() == jx.as_function(before)(A, B)[0].tolist()
 
 
+def test_merged_equations_are_known_by_number():
+    before = inlining.inlined(jx.trace(lambda a, b: (jnp.sin(a) + b) * (jnp.sin(a) + b), A, B))
+    after, numbers = inlining.merge(before)
+    assert [eqn.primitive.name for eqn in before.jaxpr.eqns] == ["sin", "add", "sin", "add", "mul"]
+    assert [eqn.primitive.name for eqn in after.jaxpr.eqns] == ["sin", "add", "mul"] and numbers == [0, 1, 0, 1, 2]
+
+
 def test_what_is_computed_otherwise_is_not_merged():
     def fn(a):
         key = jax.random.key(0)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import flax.linen as nn
@@ -352,3 +353,12 @@ def test_under_vmap_it_refuses_to_count_one_example():
     stack = checkpoint_scan(flat)
     with pytest.raises(ValueError, match="run under vmap, where its bytes are those of one example"):
         explain(lambda w, xs: jax.vmap(lambda x: stack(w, x))(xs), WEIGHTS, jnp.ones((7, 32, 16)))
+
+
+def test_sizes_do_not_read_as_products():
+    found = explain(checkpoint_scan(flat, policy="dots"), WEIGHTS, ROWS)
+    head, *rows = [line for line in str(found).splitlines() if line.startswith(("value ", "x "))]
+    assert "of one block  blocks" in head and "in all" in head
+    size = found.values[0].bytes_per_block
+    assert rows[0].split()[3:] == [f"{size / 1024:.1f}", "KiB", "5", f"{size * 5 / 1024:.1f}", "KiB", "kept"], rows[0]
+    assert not re.search(r"\bx\d", str(found)) and "<td>x" not in found.to_html().replace("<td>x</td>", "")
