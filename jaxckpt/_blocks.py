@@ -5,7 +5,7 @@ OpenFold, `openfold/utils/checkpointing.py` (AlQuraishi Laboratory, 2021), after
 
 import functools
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -42,6 +42,7 @@ def checkpoint_blocks(
         What the last block returned, always as a tuple.
 
     Raises:
+        TypeError: `blocks` is no list of callables.
         ValueError: `blocks_per_ckpt` is not an integer in [1, len(blocks)], or `policy` is unknown; a bound Linen
             module among the blocks writes its variables.
         TypeError: a block is given a `jax.Ref`, or closes over one.
@@ -54,6 +55,7 @@ def checkpoint_blocks(
     (2,)
     """
     args = _wrap(args)
+    _check_blocks(blocks, blocks_per_ckpt)
     if blocks_per_ckpt is None:
         return _run(blocks, args)
     check_blocks_per_ckpt(blocks_per_ckpt, len(blocks))
@@ -78,6 +80,22 @@ def checkpoint_blocks(
                 "lost. Write checkpoint_scan(Block, N), which gives back what blocks write, or blocks_per_ckpt=None"
             )
     return args
+
+
+def _check_blocks(blocks: Any, blocks_per_ckpt: object) -> None:
+    """Refuses what is no list of callables; without chunks, as in the original, all that can be gone through will do."""
+    is_list = hasattr(blocks, "__len__") and hasattr(blocks, "__getitem__") and not isinstance(blocks, (str, Mapping))
+    if not is_list and (blocks_per_ckpt is not None or not isinstance(blocks, Iterable)):
+        one = getattr(blocks, "__name__", None) or type(blocks).__name__
+        instead = (
+            f"write checkpoint_blocks([{one}], args, K) for one, or checkpoint_scan for a stack of equal blocks"
+            if callable(blocks)
+            else "write list(blocks)"
+        )
+        raise TypeError(f"checkpoint_blocks takes a list of callables, one for each block; got {blocks!r:.200}: {instead}")
+    if blocks_per_ckpt is not None and not all(map(callable, blocks)):
+        i, other = next((i, block) for i, block in enumerate(blocks) if not callable(block))
+        raise TypeError(f"checkpoint_blocks takes a list of callables, and blocks[{i}] is {other!r:.200}")
 
 
 def _variables(modules: Sequence[Any]) -> dict[tuple[int, str], Any]:

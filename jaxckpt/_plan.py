@@ -148,6 +148,8 @@ class Plan:
 
     def around(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """`step` under the plan: what `plan="auto"` stacks in it are run with. They must be those that were planned."""
+        if not callable(step):
+            raise TypeError(f"around takes the step that was planned, a function; got {step!r:.200}")
 
         @functools.wraps(step)
         def planned(*args: Any, **keywords: Any) -> Any:

@@ -1,6 +1,7 @@
 """Sizes in bytes as people write them."""
 
 import re
+from collections.abc import Sequence
 
 _UNITS = {"B": 1} | {
     f"{letter}{i}B": base ** (k + 1) for i, base in (("i", 1024), ("", 1000)) for k, letter in enumerate("KMGT")
@@ -34,3 +35,14 @@ def size_text(size: float) -> str:
         if size >= _UNITS[unit]:
             return f"{size / _UNITS[unit]:,.1f} {unit}"
     return f"{size:.0f} B"
+
+
+def one_unit(sizes: Sequence[float]) -> list[str]:
+    """`sizes` in bytes for people, all in one unit, so that they can be added up: GiB where one has ten, or else MiB.
+
+    >>> one_unit([12 * 2**30, 3 * 2**28]), one_unit([2**30, 3 * 2**18])
+    (['12.00 GiB', '0.75 GiB'], ['1,024.0 MiB', '0.8 MiB'])
+    """
+    if max(map(abs, sizes), default=0) >= 10 * _UNITS["GiB"]:
+        return [f"{size / _UNITS['GiB']:,.2f} GiB" for size in sizes]
+    return [f"{size / _UNITS['MiB']:,.1f} MiB" for size in sizes]

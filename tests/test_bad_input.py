@@ -19,7 +19,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import io_callback
 
 import jaxckpt
-from jaxckpt import checkpoint_blocks, checkpoint_scan
+from jaxckpt import checkpoint_blocks, checkpoint_scan, explain, measure, plan
+from jaxckpt._plan import Plan
 
 PACKAGE = str(Path(jaxckpt.__file__).parent)
 N, WIDTH = 3, 4
@@ -539,3 +540,37 @@ def test_a_missing_rng_nnx():
 def test_a_linen_stack_outside_init_and_apply():
     stack = checkpoint_scan(LinenBlock, N)()
     assert_refused(lambda: stack(X), ValueError, "LinenBlock: call stack.init or stack.apply")
+
+
+@pytest.mark.parametrize("per_ckpt", [None, 1])
+@pytest.mark.parametrize(
+    "blocks, parts",
+    [
+        (jnp.sin, ["checkpoint_blocks takes a list of callables, one for each block; got", "checkpoint_blocks([sin], "]),
+        (LinenBlock(), ["checkpoint_blocks([LinenBlock], args, K)", "checkpoint_scan for a stack of equal blocks"]),
+        (3, ["one for each block; got 3: write list(blocks)"]),
+    ],
+    ids=["function", "module", "number"],
+)
+def test_blocks_that_are_no_list(blocks, parts, per_ckpt):
+    assert_refused(lambda: checkpoint_blocks(blocks, X, per_ckpt), TypeError, *parts)
+
+
+@pytest.mark.parametrize(
+    "blocks, part",
+    [
+        (iter([jnp.sin, jnp.cos]), "write list(blocks)"),
+        ({"a": jnp.sin}, "write list(blocks)"),
+        ([jnp.sin, 3], "blocks[1] is 3"),
+    ],
+    ids=["iterator", "mapping", "number"],
+)
+def test_blocks_that_cannot_be_cut_into_chunks(blocks, part):
+    assert_refused(lambda: checkpoint_blocks(blocks, X, 1), TypeError, "checkpoint_blocks takes a list of callables", part)
+
+
+@pytest.mark.parametrize("given", [3, "step", None, [jnp.sin]], ids=["number", "text", "none", "list"])
+@pytest.mark.parametrize("of", [plan, measure, explain, Plan.around], ids=lambda of: of.__name__)
+def test_what_is_no_function(of, given):
+    call = (lambda: of(None, given)) if of is Plan.around else (lambda: of(given, X))
+    assert_refused(call, TypeError, f"{of.__name__} takes", "function", f"got {given!r}"[:20])

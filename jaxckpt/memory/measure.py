@@ -16,11 +16,10 @@ from flax import nnx
 from jax.sharding import AbstractMesh
 
 from jaxckpt._leaves import is_array
+from jaxckpt._sizes import one_unit
 from jaxckpt.engine.check import shape_of
 from jaxckpt.memory import targets
 from jaxckpt.memory.targets import Target
-
-MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -72,20 +71,22 @@ class Measurement:
         return {**dataclasses.asdict(self), "peak_bytes": self.peak_bytes, "excess_bytes": self.excess_bytes}
 
     def __str__(self) -> str:
-        parts = {"temporaries": self.temp_bytes, "arguments": self.argument_bytes, "outputs": self.output_bytes}
-        lines = [f"peak {_mib(self.peak_bytes)} on {self.target} ({self.device}), JAX {self.jax_version}"]
-        lines.append("  = " + " + ".join(f"{_mib(size)} {name}" for name, size in parts.items()))
+        sizes = [self.temp_bytes, self.argument_bytes, self.output_bytes, self.aliased_bytes]
+        peak, temp, arguments, outputs, donated = one_unit([self.peak_bytes, *sizes])
+        lines = [f"peak {peak} on {self.target} ({self.device}), JAX {self.jax_version}"]
+        lines.append(f"  = {temp} temporaries + {arguments} arguments + {outputs} outputs")
         if self.aliased_bytes:
-            lines[-1] += f" - {_mib(self.aliased_bytes)} donated"
+            lines[-1] += f" - {donated} donated"
         if self.excess_bytes and self.memory_bytes:
-            lines.append(f"  does not fit: {_mib(self.excess_bytes)} more than the {_mib(self.memory_bytes)} of the device")
+            more, memory = one_unit([self.excess_bytes, self.memory_bytes])
+            lines.append(f"  does not fit: {more} more than the {memory} of the device")
         if self.host_bytes:
-            lines.append(f"  pinned host memory {_mib(self.host_bytes)}")
+            lines.append(f"  pinned host memory {one_unit([self.host_bytes])[0]}")
         lines.append(f"  compiled in {self.compile_seconds:.1f} s to {self.hlo_instructions} instructions")
         if self.seconds is not None:
             lines.append(f"  {self.seconds:.4g} s per call (median)")
         if self.runtime_peak_bytes is not None:
-            lines.append(f"  the runtime's own peak {_mib(self.runtime_peak_bytes)}")
+            lines.append(f"  the runtime's own peak {one_unit([self.runtime_peak_bytes])[0]}")
         return "\n".join(lines)
 
 
@@ -117,6 +118,8 @@ def measure(
     >>> found.argument_bytes, found.output_bytes
     (262144, 262144)
     """
+    if not callable(fn):
+        raise TypeError(f"measure takes a function, such as a training step, and then its arguments; got {fn!r:.200}")
     if isinstance(fn, nnx.Module):
         graph, state = nnx.split(fn)
         return measure(lambda state, *args: nnx.merge(graph, state)(*args), state, *args, target=target, time=time)
@@ -237,7 +240,3 @@ def seconds_in_turns(
                 jax.block_until_ready(jitted(*given))
                 its += [clock.perf_counter() - start] * (turn > 1)  # compiled at first, and warm at second
     return [statistics.median(its) for its in times]
-
-
-def _mib(size: float) -> str:
-    return f"{size / MIB:,.1f} MiB" if size < 10 * 2**30 else f"{size / 2**30:,.2f} GiB"

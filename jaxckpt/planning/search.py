@@ -92,6 +92,8 @@ def plan(
     >>> found.peak_bytes <= 2 * 2**20
     True
     """
+    if not callable(step):
+        raise TypeError(f"plan takes a training step, a function, and then its arguments; got {step!r:.200}")
     if objective not in ("time", "memory"):
         raise ValueError(f"objective must be 'time' or 'memory'; got {objective!r}")
     where = place_of(args) if target is None else targets.get(target)

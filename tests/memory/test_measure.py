@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxckpt import checkpoint_scan, measure, targets
+from jaxckpt.memory.measure import Measurement
 
 W, X = jnp.ones((6, 32, 32)) / 32, jnp.ones((16, 32))
 stack = checkpoint_scan(lambda w, x: x + jnp.tanh(x @ w))
@@ -168,3 +170,14 @@ def test_arguments_on_different_devices():
     done = subprocess.run([sys.executable, "-c", TWO_DEVICES], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "lie on different devices: args[0] on ['cpu:0']; args[1] on ['cpu:1']. Put them on the same" in done.stdout
+
+
+@pytest.mark.parametrize("peak, unit", [(40 * 2**30, "GiB"), (2**30, "MiB")])
+def test_one_unit_in_a_sum(peak, unit):
+    sizes = dict(temp_bytes=peak - 3 * 2**20, argument_bytes=2**21, output_bytes=2**21, aliased_bytes=2**20)
+    rest = dict(host_bytes=0, compile_seconds=1.0, hlo_instructions=1)
+    found = Measurement("h200", "H200", **sizes, **rest, memory_bytes=30 * 2**30)
+    for line in str(found).splitlines()[: 3 if found.excess_bytes else 2]:
+        assert set(re.findall(r"[KMG]iB", line)) <= {unit}, line
+    said = [float(number.replace(",", "")) for number in re.findall(r"([\d.,]+) [MG]iB", str(found))]
+    assert said[0] == pytest.approx(said[1] + said[2] + said[3] - said[4], abs=0.02)
