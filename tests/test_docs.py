@@ -63,3 +63,10 @@ def test_every_extra_is_told():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     told = set(re.findall(r"`(\w+)`", README.partition("## Extras")[2]))
     assert set(project["optional-dependencies"]) <= told
+
+
+def test_benchmarks_that_readers_run_leave_what_is_committed_alone():
+    for path in PAGES:
+        for line in path.read_text().splitlines():
+            if command := re.search(r"python benchmarks/\w+\.py[^`]*", line):
+                assert " --out mine/results" in command[0], f"{path.name}: {command[0]}"
