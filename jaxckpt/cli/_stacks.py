@@ -2,8 +2,11 @@
 
 import argparse
 import importlib
+import inspect
 import math
+import os
 import sys
+import traceback
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+import jaxckpt
 from jaxckpt import checkpoint_scan
 from jaxckpt.models import EvoformerBlock, PairformerBlock, TransformerBlock
 
@@ -44,6 +48,9 @@ MODELS: dict[str, Callable[[int], tuple[Any, list[tuple[int, ...]]]]] = {
 }
 
 
+BLOCKS, TOKENS = 48, 384
+
+
 def add_stack_options(parser: argparse.ArgumentParser, stack: bool = True) -> Any:
     """`--model` with its `--blocks` and `--tokens`, or, unless that is not wanted, `--stack`; the group of these two."""
     which = parser.add_mutually_exclusive_group()
@@ -57,9 +64,26 @@ def add_stack_options(parser: argparse.ArgumentParser, stack: bool = True) -> An
             "called with (of a Linen stack the variables first), and, if it takes any, a dict of keyword arguments; "
             "jax.ShapeDtypeStructs do for arrays",
         )
-    parser.add_argument("--blocks", type=_positive, default=48, help="of --model (default: %(default)s)")
-    parser.add_argument("--tokens", type=_positive, default=384, help="of --model (default: %(default)s)")
+    parser.add_argument("--blocks", type=_positive, help=f"of --model (default: {BLOCKS})")
+    parser.add_argument("--tokens", type=_positive, help=f"of --model (default: {TOKENS})")
     return which
+
+
+def chunk_size(text: str) -> int | None:
+    """What `--blocks-per-ckpt` takes: a number of blocks, or 'none' for no chunks."""
+    if text.lower() == "none":
+        return None
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of blocks, nor 'none'")
+    return int(text)
+
+
+def refuse_sizes(options: argparse.Namespace, option: str) -> None:
+    """Raises ValueError where sizes of `--model` are given beside a stack or a step of the user's that can be imported."""
+    imported(getattr(options, option.removeprefix("--")), option)
+    for name in ("blocks", "tokens"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name} is of --model, and {option} says itself how large it is: leave one of them away")
 
 
 def chosen_stack(options: argparse.Namespace, **knobs: Any) -> Call:
@@ -70,9 +94,10 @@ def chosen_stack(options: argparse.Namespace, **knobs: Any) -> Call:
         TypeError: the user's function does not return a stack and what it is called with.
     """
     if options.stack is not None:
+        refuse_sizes(options, "--stack")
         return _of_user(options.stack, knobs)
-    block, shapes = MODELS[options.model](options.tokens)
-    stack = checkpoint_scan(block, options.blocks, **knobs)(dtype=jnp.bfloat16)
+    block, shapes = MODELS[options.model](options.tokens or TOKENS)
+    stack = checkpoint_scan(block, options.blocks or BLOCKS, **knobs)(dtype=jnp.bfloat16)
     carry = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
     return Call(stack, (jax.eval_shape(stack.init, jax.random.key(0), *carry), *carry), {})
 
@@ -90,19 +115,47 @@ def imported(where: str, option: str) -> Callable[..., Any]:
         ValueError, TypeError: it cannot be imported, or is no function.
     """
     module, _, name = where.partition(":")
+    wrong = f"{option} takes package.module:function, and {where!r}"
     sys.path.insert(0, "")  # as 'python -m' has it; the command 'jaxckpt' does not
     try:
-        make = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{option} takes package.module:function, and {where!r} could not be imported: {error}") from error
+        found = importlib.import_module(module)
+    except Exception as error:  # whatever the user's module does
+        raise ValueError(f"{wrong} could not be imported: {_said(error)}") from error
+    if not hasattr(found, name):
+        functions = [f"{module}:{key}" for key, value in vars(found).items() if inspect.isfunction(value)]
+        listed = f"; there are {', '.join(functions[:10])}" if functions else ""
+        what = f"there is no {name} in it" if name else "a colon and the name of a function are missing"
+        raise ValueError(f"{wrong} could not be imported: {what}{listed}")
+    make = getattr(found, name)
     if not callable(make):
-        raise TypeError(f"{option} takes package.module:function, and {where!r} is {make!r:.200}, which is no function")
+        raise TypeError(f"{wrong} is {make!r:.200}, which is no function")
     return make
 
 
+def made_by(where: str, option: str, **knobs: Any) -> Any:
+    """What the user's function returns.
+
+    Raises:
+        ValueError: it cannot be imported, or raised something, which the error names with its place.
+    """
+    make = imported(where, option)
+    try:
+        return make(**knobs)
+    except Exception as error:
+        raise ValueError(f"{option} {where} raised {_said(error)}") from error
+
+
+def _said(error: BaseException) -> str:
+    """An error in one line, with the last place in the user's code that it passed."""
+    ours = os.path.dirname(jaxckpt.__file__) + os.sep
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((ours, "<"))]
+    frames = [f for f in frames if "site-packages" not in f.filename and f.filename != importlib.__file__]
+    place = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{place}"
+
+
 def _of_user(where: str, knobs: dict[str, Any]) -> Call:
-    make = imported(where, "--stack")
-    made = make(**knobs)
+    made = made_by(where, "--stack", **knobs)
     kinds = (object, tuple, dict)
     if not isinstance(made, tuple) or len(made) not in (2, 3) or not all(map(isinstance, made, kinds)):
         raise TypeError(

@@ -26,6 +26,7 @@ import jaxckpt
 from jaxckpt import plan
 from jaxckpt._progress import Progress
 from jaxckpt._table import aligned
+from jaxckpt.cli._errors import fail
 from jaxckpt.models import TransformerLM
 
 CHUNK = 3
@@ -98,8 +99,7 @@ def run(options: argparse.Namespace, size: Size | None = None) -> int:
     try:
         results = train_all(draw_batches(text, options.steps, size), options.blocks, size, options.budget)
     except ValueError as error:  # a budget that is none, or too small
-        print(f"jaxckpt demo: {error}", file=sys.stderr)
-        return 2
+        return fail("demo", error)
     problems = find_problems(results)
     about = about_run(options, size, len(text))
     if options.json:

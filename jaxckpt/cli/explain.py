@@ -2,13 +2,13 @@
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from jaxckpt import explain as explain_stack
 from jaxckpt._progress import Progress
-from jaxckpt.cli._stacks import add_stack_options, chosen_stack
+from jaxckpt.cli._errors import EXPECTED, fail
+from jaxckpt.cli._stacks import add_stack_options, chosen_stack, chunk_size
 from jaxckpt.memory import targets
 
 
@@ -16,7 +16,7 @@ def add_parser(commands: Any) -> None:
     about = "show what one block keeps, re-runs and offloads under a setting: value, source line, bytes, time to re-run"
     parser = commands.add_parser("explain", help=about, description=about)
     add_stack_options(parser)
-    parser.add_argument("--blocks-per-ckpt", type=int, metavar="K")
+    parser.add_argument("--blocks-per-ckpt", type=chunk_size, metavar="K", help="blocks of a chunk, or 'none' (default)")
     parser.add_argument("--policy", help="see 'jaxckpt policies' (default: that of checkpoint_scan)")
     parser.add_argument("--target", help=f"whose times to show: {', '.join(targets.gpu_names())}, or a file")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
@@ -34,10 +34,9 @@ def run(options: argparse.Namespace) -> int:
             progress.doing("tracing the stack")
             call = chosen_stack(options, blocks_per_ckpt=options.blocks_per_ckpt, policy=options.policy)
             found = explain_stack(call.stack, *call.args, target=options.target, **call.keywords)
-    except (ValueError, TypeError, OSError) as error:
-        print(f"jaxckpt explain: {error}", file=sys.stderr)
-        return 2
+        if options.html is not None:  # first: whoever reads the table may not read on
+            options.html.write_text(found.to_html())
+    except EXPECTED as error:
+        return fail("explain", error)
     print(json.dumps(found.to_json(), indent=1) if options.json else found)
-    if options.html is not None:
-        options.html.write_text(found.to_html())
     return 0

@@ -2,13 +2,16 @@
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from jaxckpt import plan
 from jaxckpt._plan import Plan
-from jaxckpt.cli._stacks import add_stack_options, chosen_stack, imported
+from jaxckpt.cli._errors import EXPECTED, fail
+from jaxckpt.cli._stacks import add_stack_options, chosen_stack, made_by, refuse_sizes
 from jaxckpt.cli.plots import Point, check_plot, draw_memory_against_runs
 from jaxckpt.cli.report import gradient
 from jaxckpt.memory import targets
@@ -43,30 +46,48 @@ def run(options: argparse.Namespace) -> int:
         if options.out is not None and (options.out.is_dir() or not options.out.parent.is_dir()):
             wrong = "that is a folder" if options.out.is_dir() else f"there is no folder {options.out.parent}"
             raise ValueError(f"--out {options.out}: {wrong}; write the path of a file, such as plan.json")
+        if options.time:
+            _check_time(options)
         step, args = _step(options)
         knobs = {name: getattr(options, name) for name in ("budget", "target", "objective", "time", "calibrate")}
         found = plan(step, *args, **knobs)
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
-        print(f"jaxckpt plan: {error}", file=sys.stderr)
-        return 2
+        if options.out is not None:  # files first: whoever reads the table may not read on
+            found.save(options.out)
+        if options.plot is not None:
+            _draw(options.plot, found)
+    except EXPECTED as error:
+        return fail("plan", error)
     print(json.dumps(found.to_json(), indent=1) if options.json else found)
-    if options.out is not None:
-        found.save(options.out)
-    if options.plot is not None:
-        _draw(options.plot, found)
     return 0
+
+
+def _check_time(options: argparse.Namespace) -> None:
+    """What `--time` needs, before memory is taken for it."""
+    if not targets.get(options.target).is_present:
+        raise ValueError(f"--time runs the step, and --target {options.target} is only described: take --target attached")
+    if options.objective == "memory":
+        raise ValueError("--time chooses the fastest, and --objective memory the least memory: leave one of them away")
 
 
 def _step(options: argparse.Namespace) -> tuple[Any, tuple[Any, ...]]:
     if options.step is None:
         fn, *args = gradient(chosen_stack(options, plan="auto"))
-        return fn, tuple(args)
-    made = imported(options.step, "--step")()
+        return fn, _arrays(tuple(args), options.target) if options.time else tuple(args)
+    refuse_sizes(options, "--step")
+    made = made_by(options.step, "--step")
     if not isinstance(made, tuple) or len(made) != 2 or not callable(made[0]) or not isinstance(made[1], tuple):
         raise TypeError(
             f"{options.step} must return (step, args), args a tuple of what the step is called with; got {made!r:.200}"
         )
+    if options.time and any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(made[1])):
+        raise ValueError(f"--time runs the step: {options.step} must return arrays in place of jax.ShapeDtypeStructs")
     return made
+
+
+def _arrays(shapes: Any, target: str) -> Any:
+    """Arrays of these shapes on the target, all of one small number: how long a step takes does not depend on it."""
+    with jax.default_device(targets.get(target).devices[0]):
+        return jax.tree.map(lambda shape: jnp.full(shape.shape, 0.01, shape.dtype), shapes)
 
 
 def _draw(path: Path, found: Plan) -> None:

@@ -16,7 +16,8 @@ from jaxckpt import explain, measure
 from jaxckpt._leaves import split_arrays
 from jaxckpt._progress import Progress
 from jaxckpt._table import aligned
-from jaxckpt.cli._stacks import Call, add_stack_options, chosen_stack, chunk_near_sqrt
+from jaxckpt.cli._errors import EXPECTED, fail
+from jaxckpt.cli._stacks import Call, add_stack_options, chosen_stack, chunk_near_sqrt, chunk_size
 from jaxckpt.cli.plots import Point, check_plot, draw_memory_against_runs, pareto
 from jaxckpt.memory import targets
 from jaxckpt.memory.explain import Explanation
@@ -53,7 +54,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--blocks-per-ckpt",
         nargs="+",
-        type=_chunk,
+        type=chunk_size,
         metavar="K",
         help="chunk sizes to try, 'none' for no chunks (default: none, and the divisor of the length nearest to its root)",
     )
@@ -72,17 +73,18 @@ def run(options: argparse.Namespace) -> int:
             check_plot(options.plot)
         where = [targets.get(name) for name in options.target]
         _ = [target.devices for target in where]  # a missing plugin is said before anything is compiled
-        chunks = options.blocks_per_ckpt
-        if not chunks:
-            plain = explained(chosen_stack(options, blocks_per_ckpt=None, policy="nothing"), target=None)
-            chunks = dict.fromkeys([None, chunk_near_sqrt(plain.length)])
-        settings = [(k, policy) for k in chunks for policy in options.policies]
-        calls = [chosen_stack(options, blocks_per_ckpt=k, policy=policy) for k, policy in settings]
         rates = next((target for target in where if target.gpu), targets.get(RATES))
-        found = [explained(call, rates) for call in calls]
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
-        print(f"jaxckpt report: {error}", file=sys.stderr)
-        return 2
+        with Progress("report", unit="stack") as progress:
+            progress.doing("tracing the stacks")
+            chunks = options.blocks_per_ckpt
+            if not chunks:
+                plain = explained(chosen_stack(options, blocks_per_ckpt=None, policy="nothing"), target=None)
+                chunks = dict.fromkeys([None, chunk_near_sqrt(plain.length)])
+            settings = [(k, policy) for k in chunks for policy in options.policies]
+            calls = [chosen_stack(options, blocks_per_ckpt=k, policy=policy) for k, policy in settings]
+            found = [explained(call, rates) for call in calls]
+    except EXPECTED as error:
+        return fail("report", error)
     title = f"{found[0].length} x {found[0].block}, gradients of its parameters, JAX {jax.__version__}"
     rows: list[Row] = []
     interrupted = False
@@ -99,12 +101,16 @@ def run(options: argparse.Namespace) -> int:
                 progress.advance()
     except KeyboardInterrupt:  # what has been measured is not lost
         interrupted = True
+        print(f"interrupted: {len(rows)} of {len(jobs)} settings were measured", file=sys.stderr)
+    if options.plot is not None:  # first: whoever reads the table may not read on
+        if any(map(_point, rows)):
+            draw(options.plot, title, rows)
+        else:
+            print(f"jaxckpt report: nothing was measured, and {options.plot} is left as it was", file=sys.stderr)
     if options.json:
         print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
-    else:
+    elif rows:
         print("\n\n".join([title, *tables(rows), EXPLAINED.format(rates=rates.name)]))
-    if options.plot is not None:
-        draw(options.plot, title, rows)
     return 130 if interrupted else int(all(row.error for row in rows))
 
 
@@ -203,11 +209,3 @@ def _point(row: Row) -> Point | None:
     if row.peak_bytes is None or row.forward_runs is None:
         return None
     return Point(row.forward_runs, row.peak_bytes, row.setting)
-
-
-def _chunk(text: str) -> int | None:
-    if text.lower() == "none":
-        return None
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of blocks, nor 'none'")
-    return int(text)

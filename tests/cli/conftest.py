@@ -30,6 +30,9 @@ def nnx_stack(**knobs):
 
 def wrong(**knobs):
     return 3
+
+def raises(**knobs):
+    return {}["no such key"]
 """
 
 

@@ -1,8 +1,10 @@
+import functools
 import json
 
 import pytest
 
-from jaxckpt.cli import main
+from jaxckpt.cli import _stacks, main
+from jaxckpt.models import TransformerBlock
 
 MAKE = """
 import jax, jax.numpy as jnp
@@ -54,9 +56,39 @@ def test_a_model_as_json(capsys):
         (["--step", "mine:nothing", "--budget", "1MiB"], "--step takes package.module:function"),
         (["--step", "mine:make", "--budget", "1MiB", "--plot", "front.gif"], "--plot writes .svg"),
         (["--step", "mine:make", "--budget", "1MiB", "--out", "none/plan.json"], "there is no folder"),
+        (["--step", "mine:make", "--budget", "1MiB", "--blocks", "2"], "--blocks is of --model, and --step says itself"),
+        (["--step", "mine:make", "--budget", "1MiB", "--tokens", "2"], "--tokens is of --model, and --step says itself"),
+        (["--step", "mine:make", "--budget", "1KiB"], "plan: --budget 1.0 KiB (1024 bytes) is less than"),
+        (["--step", "mine:make", "--budget", "lots"], "plan: --budget: a size is a number and a unit"),
+        (["--step", "mine:make"], "plan: --budget is missing: the memory of 'cpu' is not known; write --budget 16GiB"),
+        (["--step", "mine:make", "--budget", "1MiB", "--time"], "mine:make must return arrays in place of"),
+        (
+            ["--time", "--target", "h200"],
+            "--time runs the step, and --target h200 is only described: take --target attached",
+        ),
+        (["--time", "--objective", "memory"], "--time chooses the fastest, and --objective memory the least memory"),
+        (["--calibrate", "--target", "h200"], "calibrating measures a device, and 'h200' is only described; take --target"),
     ],
     ids=lambda value: str(value)[:30],
 )
 def test_bad_input(capsys, folder, arguments, said):
     code, out, err = run(capsys, *arguments)
     assert code == 2 and said in err and out == ""
+
+
+def test_a_model_that_is_run(capsys, monkeypatch):
+    small = functools.partial(TransformerBlock, d_model=8, num_heads=2, d_ff=16)
+    monkeypatch.setitem(_stacks.MODELS, "transformer", lambda tokens: (small, [(2, tokens, 8)]))
+    code, out, _ = run(capsys, "--blocks", "2", "--tokens", "8", "--budget", "1MiB", "--time", "--json")
+    told = json.loads(out)
+    assert code == 0 and told["chosen"]["measured_seconds"] > 0
+
+
+def test_the_plan_is_saved_where_nobody_reads_the_table(folder, monkeypatch):
+    def unread(*args, file=None, **keywords):
+        if file is None:
+            raise BrokenPipeError
+
+    monkeypatch.setattr("builtins.print", unread)
+    arguments = ["plan", "--target", "cpu", "--step", "mine:make", "--budget", "2MiB", "--out", "plan.json"]
+    assert main(arguments) == 141 and json.loads((folder / "plan.json").read_text())["stacks"]

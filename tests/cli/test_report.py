@@ -68,6 +68,24 @@ def test_an_interrupt_prints_what_there_is(module, capsys, monkeypatch):
     assert [row["policy"] for row in json.loads(capsys.readouterr().out)] == ["dots"]
 
 
+@pytest.mark.parametrize("error, code", [(KeyboardInterrupt, 130), (RuntimeError, 1)])
+def test_a_picture_is_left_alone_where_nothing_was_measured(module, capsys, monkeypatch, tmp_path, error, code):
+    pytest.importorskip("matplotlib")
+
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(report, "measure", fails)
+    picture = tmp_path / "front.svg"
+    picture.write_text("the one of yesterday")
+    options = ["--stack", f"{module}:make", "--target", "cpu", "--policies", "dots", "--plot", str(picture)]
+    assert main(["report", *options]) == code
+    assert picture.read_text() == "the one of yesterday"
+    out, err = capsys.readouterr()
+    assert f"nothing was measured, and {picture} is left as it was" in err
+    assert ("interrupted: 0 of " in err) == (code == 130) and ("forward runs" in out) == (code == 1)
+
+
 def test_where_nothing_could_be_measured(module, capsys, monkeypatch):
     def fails(*_, **__):
         raise RuntimeError("no")
