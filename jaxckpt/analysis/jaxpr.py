@@ -18,6 +18,7 @@ import numpy as np
 from jax.extend import core
 
 from jaxckpt._leaves import replaced
+from jaxckpt.analysis.refs import put_aside, put_back
 
 # Calls that return what their inner jaxpr returns, so that an output can be followed to an input. custom_jvp and
 # custom_vjp are not among them: an identity with a gradient of its own is not a pass-through.
@@ -43,11 +44,11 @@ def _without_refs(closed: Any) -> Any:
     """The same computation without a `jax.Ref` that is born and dies in it: what is written is passed on as a value.
 
     Differentiated as they are, such Refs give wrong gradients in `lax.scan`, and in `jax.checkpoint` those or an error. The
-    function is the one by which JAX compiles them, and has no public name.
+    function is the one by which JAX compiles them, and has no public name; what it would drop is put aside.
     """
     from jax._src.state.discharge import discharge_state
 
-    return discharge_state(closed)
+    return put_back(discharge_state(put_aside(closed), lower=False))
 
 
 def closes_over_ref(closed: Any) -> bool:

@@ -149,3 +149,86 @@ def test_refs_from_outside_in_checkpoint_blocks(policy):
     with pytest.raises(TypeError, match=r"the argument\[1\] is a jax\.Ref"):
         checkpoint_blocks([lambda x, r: (x, r)] * 4, (Y, ref), 2, policy=policy)
     assert not ref[...].any()
+
+
+# A derivative of its own, beside a Ref or in the loops, branches and calls that write one.
+
+
+@jax.custom_jvp
+def tripled(x):
+    return jnp.sin(x)
+
+
+tripled.defjvp(lambda primals, tangents: (tripled(*primals), 3 * jnp.cos(primals[0]) * tangents[0]))
+
+
+@jax.custom_vjp
+def doubled(x):
+    return jnp.cos(x)
+
+
+doubled.defvjp(lambda x: (doubled(x), x), lambda x, ct: (-2 * ct * jnp.sin(x),))
+
+
+def beside(ref, x):
+    ref[...] = doubled(tripled(ref[...]))
+
+
+def in_scan(ref, x):
+    lax.scan(lambda c, _: (c, beside(ref, x)), 0, length=2)
+
+
+def in_fori(ref, x):
+    lax.fori_loop(0, 2, lambda i, _: beside(ref, x), None)
+
+
+def in_branch(ref, x):
+    lax.cond(x[0, 0] > 0, lambda: beside(ref, x), lambda: beside(ref, x))
+
+
+def in_call(ref, x):
+    jax.jit(lambda ref: jax.jit(beside)(ref, x))(ref)
+
+
+def in_checkpoint(ref, x):
+    ref[...] = jax.checkpoint(lambda v: doubled(tripled(v)))(ref[...])
+
+
+def in_call_with_a_ref_of_its_own(ref, x):
+    def own(v):
+        inner = jax.new_ref(v)
+        beside(inner, v)
+        return inner[...]
+
+    ref[...] = jax.jit(own)(ref[...])
+
+
+WRITES = [beside, in_scan, in_fori, in_branch, in_call, in_checkpoint, in_call_with_a_ref_of_its_own]
+
+
+@pytest.mark.parametrize("knobs", [{"policy": "everything"}, {"engine": "reversal", "policy": "cheap"}], ids=str)
+@pytest.mark.parametrize("write", WRITES, ids=lambda write: write.__name__)
+def test_a_derivative_of_its_own_stays(write, knobs, x64):
+    def block(w, x):
+        ref = jax.new_ref(x @ w)
+        write(ref, x)
+        return x + ref[...]
+
+    want = pull_back(lambda w, x: plain_loop(block, w, x), PARAMS, X)
+    assert relative_error(pull_back(checkpoint_scan(block, **knobs), PARAMS, X), want) < 1e-12
+
+
+def test_a_ref_that_is_passed_to_one_is_refused():
+    @jax.custom_vjp
+    def write(ref, x):
+        ref[...] = x
+        return x
+
+    write.defvjp(lambda ref, x: (write(ref, x), None), lambda _, ct: (None, ct))
+
+    def block(w, x):
+        ref = jax.new_ref(x)
+        return write(ref, x @ w) + ref[...]
+
+    with pytest.raises(ValueError, match=r"passes a jax\.Ref to a function with a derivative of its own \(custom_vjp\)"):
+        checkpoint_scan(block)(PARAMS, X)
