@@ -8,7 +8,8 @@ from jaxckpt._leaves import STACK_THEM, stacked_length
 from jaxckpt._metadata import LAYERS
 from jaxckpt._setting import Setting
 from jaxckpt.engine import check
-from jaxckpt.engine.stack import per_block_of, run_stack
+from jaxckpt.engine.stack import per_block_of
+from jaxckpt.flax.arguments import run_and_write_back
 
 
 def function_stack(block: Callable[..., Any], setting: Setting) -> Callable[..., Any]:
@@ -32,7 +33,8 @@ def function_stack(block: Callable[..., Any], setting: Setting) -> Callable[...,
             params, per_block = x
             return block(params, *carry, **shared, **per_block), ()
 
-        out = run_stack(call, setting, length, (params, per_block), carry, shared, names)
+        both = slice(0, 2)
+        out = run_and_write_back(call, setting, length, (params, per_block), carry, shared, names, watched=both)
         return (out.carry, out.aux) if setting.has_aux else out.carry
 
     return stack

@@ -136,8 +136,9 @@ def unchanged(shared: dict[str, Any], before: dict[str, Any], names: Names) -> N
         if not same_leaves(value, before[name]):
             raise ValueError(
                 f"{names.block} changes the state of its argument {name!r} (a counter of random numbers, statistics), which "
-                "all blocks share: each block would start from the same state, and the change would be lost. Make it part "
-                "of the block, or pass values that it computes"
+                "all blocks share: each block would start from the same state, and the change would be lost. Give each block "
+                f"its own, per_block=({name!r},) and rngs.split(N) in the call; or make it part of the block, or of the carry; "
+                "or pass values that it computes"
             )
 
 

@@ -21,7 +21,8 @@ from jaxckpt._leaves import STACK_THEM, stacked_length
 from jaxckpt._metadata import add_layer_axis, remove_layer_axis
 from jaxckpt._setting import Setting
 from jaxckpt.engine import check
-from jaxckpt.engine.stack import per_block_of, run_stack
+from jaxckpt.engine.stack import per_block_of
+from jaxckpt.flax.arguments import run_and_write_back
 
 
 @functools.lru_cache(1024)  # so that equal stacks are equal modules
@@ -84,7 +85,7 @@ def _run(
         return out if scope.mutable is not False else (out, {})
 
     xs, initializes = (variables, rngs, per_block), stack.is_initializing()
-    out = run_stack(call, setting, setting.length, xs, carry, shared, names, initializes)
+    out = run_and_write_back(call, setting, setting.length, xs, carry, shared, names, initializes=initializes)
     for collection, tree in add_layer_axis(flax.core.unfreeze(out.extra), setting.partition_name).items():
         for key, value in tree.items():
             stack.put_variable(collection, key, value)

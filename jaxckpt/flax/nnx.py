@@ -19,7 +19,8 @@ from jaxckpt._params import stack_params
 from jaxckpt._setting import Setting
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.engine import check
-from jaxckpt.engine.stack import per_block_of, run_stack
+from jaxckpt.engine.stack import per_block_of
+from jaxckpt.flax.arguments import run_and_write_back
 
 
 @functools.lru_cache(1024)  # so that equal stacks are of one class
@@ -116,7 +117,7 @@ def _run(
         returned = method(one, *carry, **shared, **per_block)
         return returned, nnx.split(one)[1]
 
-    out = run_stack(call, setting, setting.length, (state, per_block), carry, shared, names)
+    out = run_and_write_back(call, setting, setting.length, (state, per_block), carry, shared, names)
     _write_back(stack, state, add_layer_axis(out.extra, setting.partition_name))
     return (out.carry, out.aux) if setting.has_aux else out.carry
 

@@ -1,0 +1,113 @@
+"""NNX objects among the arguments of a stack: what blocks change in them is written back, as parameters' state is.
+
+A block is traced with copies of its arguments. Where it changes one in place, a stream of random numbers or a cache, the
+change would end with the trace, without a word.
+"""
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jaxckpt._leaves import same_leaves
+from jaxckpt._setting import Setting
+from jaxckpt.engine.check import Names
+from jaxckpt.engine.stack import Block, Stacked, run_stack
+
+Slots = list[tuple[str, Any]]  # paths and NNX variables, or what else is a leaf
+
+
+def run_and_write_back(
+    block: Block,
+    setting: Setting,
+    length: int,
+    xs: tuple,
+    carry: tuple,
+    shared: dict[str, Any],
+    names: Names,
+    initializes: bool = False,
+    watched: slice = slice(-1, None),
+) -> Stacked:
+    """`run_stack`; then what blocks changed in variables of their arguments and of the carry is in those that were given.
+
+    Arguments:
+        xs: the last of it are the per-block arguments.
+        initializes: as in `run_stack`.
+        watched: those of `xs` that the block itself is given.
+    Raises:
+        ValueError: a block changes a per-block argument that is no variable, or a variable of the carry that it does not
+            return, or gives an argument a variable that it did not have.
+    """
+    advanced: list[int] = []
+
+    def noting(x, carry, shared):
+        own, per_block, carried = _slots(x[watched]), _slots(x[-1:]), _slots(carry)
+        before = _values(own), _values(carried)
+        returned, extra = block(x, carry, shared)
+        changed = _changed(own, before[0])
+        _check_nothing_else(own, _slots(x[watched]), per_block, _slots(x[-1:]), names)
+        out = returned[0] if setting.has_aux and isinstance(returned, tuple) and returned else returned
+        advanced[:] = _changed(carried, before[1])
+        _check_returned([carried[i] for i in advanced], carried, _slots(_as_tuple(out, carry)), names)
+        return returned, (extra, {str(i): own[i][1].get_value() for i in changed})
+
+    out = run_stack(noting, setting, length, xs, carry, shared, names, initializes)
+    extra, changed = out.extra
+    _write(_slots(xs[watched]), {int(i): value for i, value in changed.items()}, names)
+    last = _slots(_as_tuple(out.carry, carry))
+    _write(_slots(carry), {i: last[i][1].get_value() for i in advanced}, names)
+    return out._replace(extra=extra)
+
+
+def _as_tuple(out: Any, carry: tuple) -> Any:
+    return out if len(carry) > 1 else (out,)
+
+
+def _slots(tree: Any) -> Slots:
+    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    return [(jax.tree_util.keystr(path[1:]), slot) for path, slot in found]
+
+
+def _values(slots: Slots) -> list[list[Any]]:
+    return [jax.tree.leaves(slot) for _, slot in slots]
+
+
+def _changed(slots: Slots, before: list[list[Any]]) -> list[int]:
+    """The variables that hold something else than before."""
+    return [i for i, (_, slot) in enumerate(slots) if not same_leaves(before[i], slot)]
+
+
+def _check_nothing_else(own: Slots, own_after: Slots, per_block: Slots, after: Slots, names: Names) -> None:
+    new = [path for path in _different(own, own_after) if isinstance(dict(own_after).get(path), nnx.Variable)]
+    if found := new or _different(per_block, after):
+        raise ValueError(
+            f"{names.block} changes its own arguments in place, at {', '.join(found)}: they are one block's slice of what "
+            "was given, and the change would be lost. Return it (has_aux=True stacks it per block), carry it, or hold it from "
+            "the start in an nnx.Variable, whose changes are written back"
+        )
+
+
+def _check_returned(changed: Slots, carried: Slots, out: Slots, names: Names) -> None:
+    lost = [path for path in _different(changed, out) if path in dict(changed)]
+    if lost and len(out) == len(carried):  # otherwise it is no carry, which is refused in other words
+        raise ValueError(
+            f"{names.block} changes its carry in place, at {', '.join(lost)}, and returns something else there, so that the "
+            "change would be lost. Return what it changes, or change a copy"
+        )
+
+
+def _different(before: Slots, after: Slots) -> list[str]:
+    """The paths at which there is not the same object as before."""
+    a, b = dict(before), dict(after)
+    return [path for path in a | b if a.get(path) is not b.get(path)]
+
+
+def _write(slots: Slots, values: dict[int, Any], names: Names) -> None:
+    for i, value in values.items():
+        path, variable = slots[i]
+        if twice := [other for other, slot in slots if slot is variable and other != path]:
+            raise ValueError(
+                f"{names.block} changes its argument at {path}, which it is given a second time, at {twice[0]}, and blocks "
+                "are given copies. Pass it once"
+            )
+        variable.set_value(value)
