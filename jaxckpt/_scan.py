@@ -1,5 +1,6 @@
 """`checkpoint_scan`: the knobs are checked here, and the block is sent to the front end of its kind."""
 
+import dataclasses
 import os
 import typing
 from collections.abc import Callable, Sequence
@@ -33,6 +34,7 @@ def checkpoint_scan(
     offload_carry: bool = False,
     engine: str | None = None,
     partition_name: str | None = LAYERS,
+    call: Callable[..., Any] | None = None,
     plan: "Plan | StackPlan | str | os.PathLike[str] | None" = None,
 ) -> Callable[..., Any]:
     """A stack of `length` equal blocks, run by one `lax.scan` and checkpointed as told.
@@ -73,6 +75,8 @@ def checkpoint_scan(
         plan: all of the knobs in one: what `jaxckpt.plan` found, or the file it was saved to ("plan.json:NAME" where it
             has several stacks). "auto", or "auto:NAME" for one of several stacks, is for a step that is to be planned; it
             stands for the default knobs until the step is run under a plan.
+        call: how a module is run as a block, where not by its `__call__`: a function `call(layer, *carry, **shared)`. In
+            Linen the layer is bound, so that its other methods work too. Stacks are equal if they have the same function.
 
     Returns:
         The stack, or its constructor where `block` is a class.
@@ -106,6 +110,7 @@ def checkpoint_scan(
         plan,
         partition_name,
     )
+    setting = dataclasses.replace(setting, call=_checked_call(call))
     if isinstance(block, (list, tuple, nnx.List)):
         return _from_list(list(block), setting)
     if isinstance(block, nn.Module):
@@ -123,7 +128,23 @@ def checkpoint_scan(
     if isinstance(cls, type) and issubclass(cls, nnx.Module):
         return bind(nnx_stack(cls, _with_length(setting, cls)))
     check_no_module(block, cls)
+    if call is not None:
+        raise TypeError(
+            "call says how a module is run, and a function is run as it is: write it into the function, "
+            "checkpoint_scan(lambda params, *carry, **shared: ...)"
+        )
     return function_stack(block, setting)
+
+
+def _checked_call(call: Any) -> Callable[..., Any] | None:
+    """`call`, which stacks of classes are known by."""
+    if call is not None and not callable(call):
+        raise TypeError(f"call, how a module is run, must be a function such as lambda layer, x: layer(x); got {call!r}")
+    try:
+        hash(call)
+    except TypeError as error:
+        raise TypeError(f"call, how a module is run, must have a hash, as functions do: {error}") from None
+    return call
 
 
 def _class_of(block: Any) -> tuple[Any, Callable[[Any], Any]]:

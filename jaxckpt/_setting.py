@@ -3,7 +3,7 @@
 import operator
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -38,6 +38,7 @@ class Setting:
     offload_carry: bool
     engine: str
     partition_name: str | None = LAYERS
+    call: Callable[..., Any] | None = None  # how a module is run, where not by its `__call__`
     plan: StackPlan | str | None = None  # that the knobs are of; or, of a stack that is to be planned, its name
 
 
@@ -149,7 +150,7 @@ def with_knobs(setting: Setting, knobs: Knobs) -> Setting:
         knobs.offload_carry,
         knobs.engine,
     )
-    return replace(found, plan=setting.plan, partition_name=setting.partition_name)
+    return replace(found, plan=setting.plan, partition_name=setting.partition_name, call=setting.call)
 
 
 def _stages(given: object) -> Stages:

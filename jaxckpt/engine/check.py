@@ -31,10 +31,15 @@ class Names(NamedTuple):
         return [self.leaf(i, path) for i, c in enumerate(carry) for path, _ in jax.tree_util.tree_leaves_with_path(c)]
 
 
-def method_of(block: type) -> Callable[..., Any]:
-    """The `__call__` of a module class; the metaclass has one too, which makes instances."""
+def method_of(block: type, call: Callable[..., Any] | None) -> Callable[..., Any]:
+    """How a module of a class is run: `call`, or its `__call__`; the metaclass has one too, which makes instances."""
+    if call is not None:
+        return call
     if not any("__call__" in vars(cls) for cls in block.__mro__):
-        raise TypeError(f"{block.__name__} has no method __call__, which is what a stack runs; name its forward pass so")
+        raise TypeError(
+            f"{block.__name__} has no method __call__, which is what a stack runs: say what it runs instead, "
+            "checkpoint_scan(..., call=lambda layer, x: layer.forward(x))"
+        )
     return block.__call__
 
 
@@ -136,8 +141,8 @@ def unchanged(shared: dict[str, Any], before: dict[str, Any], names: Names) -> N
         if not same_leaves(value, before[name]):
             raise ValueError(
                 f"{names.block} changes the state of its argument {name!r} (a counter of random numbers, statistics), which "
-                "all blocks share: each block would start from the same state, and the change would be lost. Give each block "
-                f"its own, per_block=({name!r},) and rngs.split(N) in the call; or make it part of the block, or of the carry; "
+                "all blocks share: each would start from the same state, and the change would be lost. Give each block its "
+                f"own, per_block=({name!r},) and rngs.split(N) in the call; or make it part of the block, or of the carry, "
                 "or pass values that it computes"
             )
 

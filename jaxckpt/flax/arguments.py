@@ -82,8 +82,8 @@ def _check_nothing_else(own: Slots, own_after: Slots, per_block: Slots, after: S
     if found := new or _different(per_block, after):
         raise ValueError(
             f"{names.block} changes its own arguments in place, at {', '.join(found)}: they are one block's slice of what "
-            "was given, and the change would be lost. Return it (has_aux=True stacks it per block), carry it, or hold it from "
-            "the start in an nnx.Variable, whose changes are written back"
+            "was given, and the change would be lost. Return it (has_aux=True stacks it per block), carry it, or hold it "
+            "from the start in an nnx.Variable, whose changes are written back"
         )
 
 

@@ -28,7 +28,7 @@ from jaxckpt.flax.arguments import run_and_write_back
 @functools.lru_cache(1024)  # so that equal stacks are equal modules
 def linen_stack(block: type[nn.Module], setting: Setting) -> type[nn.Module]:
     """The class of a stack of `block`s: its fields are the block's, its name is that of `nn.scan`, `ScanBlock`."""
-    method = check.method_of(block)
+    method = check.method_of(block, setting.call)
     names = check.names_of(method, block.__name__, skip=1)
 
     def __call__(self, /, *carry: Any, **keywords: Any) -> Any:
@@ -73,7 +73,7 @@ def _run(
 
         def one(own):
             own.path = scope.path  # what `module.path`, tabulate and Flax's errors show
-            return block(**fields, parent=own)(*carry, **shared, **per_block)
+            return method(block(**fields, parent=own), *carry, **shared, **per_block)
 
         # A scope of the block's own, with the flags and the mutable collections of the stack's: one path for init and
         # apply, and `sow`, `capture_intermediates` and mutable statistics work as in a module that is not stacked.

@@ -47,8 +47,10 @@ def nnx_stack_from_list(blocks: list[nnx.Module], setting: Setting) -> nnx.Modul
     stacked = nnx.merge(graphdefs[0], stack_params(states, partition_name=setting.partition_name))
     setting = dataclasses.replace(setting, length=len(blocks))
     # Equal modules make a stack of the kind that the class makes, so that jit sees equal stacks as equal.
-    alike = len(set(graphdefs)) == 1
-    cls = nnx_stack(block, setting) if alike else _stack_class(block, setting, {}, _SameFunction(block, blocks, setting))
+    if all(_equal(graphdefs[0], other) for other in graphdefs):
+        cls = nnx_stack(block, setting)
+    else:
+        cls = _stack_class(block, setting, {}, _SameFunction(block, blocks, setting))
     stack = object.__new__(cls)
     vars(stack).update(vars(stacked))
     return stack
@@ -57,11 +59,11 @@ def nnx_stack_from_list(blocks: list[nnx.Module], setting: Setting) -> nnx.Modul
 def _stack_class(
     block: type[nnx.Module], setting: Setting, body: dict[str, Any], check_alike: Callable[..., None]
 ) -> type[nnx.Module]:
-    method = check.method_of(block)
+    method = check.method_of(block, setting.call)
     names = check.names_of(method, block.__name__, skip=1)
 
     def __call__(self, /, *carry: Any, **keywords: Any) -> Any:
-        return _run(self, method, setting, names, check_alike, carry, keywords)
+        return _run(self, block, method, setting, names, check_alike, carry, keywords)
 
     doc = f"A checkpointed stack of {setting.length} `{block.__name__}`s; made by `jaxckpt.checkpoint_scan`."
     body = {**body, "__call__": __call__, "__doc__": doc, "__module__": block.__module__}
@@ -97,6 +99,7 @@ def _create(block: type[nnx.Module], setting: Setting, args: tuple, kwargs: dict
 
 def _run(
     stack: nnx.Module,
+    block: type[nnx.Module],
     method: Callable[..., Any],
     setting: Setting,
     names: check.Names,
@@ -113,13 +116,20 @@ def _run(
 
     def call(x, carry, shared):
         state, per_block = x
-        one = nnx.merge(graphdef, remove_layer_axis(state, setting.partition_name))
+        one = _one_block(block, setting, graphdef, state)
         returned = method(one, *carry, **shared, **per_block)
         return returned, nnx.split(one)[1]
 
     out = run_and_write_back(call, setting, setting.length, (state, per_block), carry, shared, names)
     _write_back(stack, state, add_layer_axis(out.extra, setting.partition_name))
     return (out.carry, out.aux) if setting.has_aux else out.carry
+
+
+def _one_block(block: type[nnx.Module], setting: Setting, graphdef: Any, state: Any) -> Any:
+    """One block, of its own class and not the stack's: where it calls itself, or is called, it runs alone."""
+    one = nnx.merge(graphdef, remove_layer_axis(state, setting.partition_name))
+    object.__setattr__(one, "__class__", block)
+    return one
 
 
 def _write_back(stack: nnx.Module, before: nnx.State, after: nnx.State) -> None:
@@ -159,24 +169,26 @@ class _SameFunction:
 
     Modules may differ in static attributes that do not matter, such as a layer's number; whether they do matter, their
     jaxprs tell. Each distinct set of attributes is traced in the stack's present mode (`train()`, `eval()`), once per mode
-    and signature of the call.
+    and signature of the call. They are compared and not hashed: a configuration may have no hash.
     """
 
     def __init__(self, block: type[nnx.Module], blocks: list[nnx.Module], setting: Setting):
-        self.block, self.partition_name = block, setting.partition_name
-        self.seen: set[Any] = set()
+        self.block, self.setting, self.method = block, setting, check.method_of(block, setting.call)
+        self.seen: list[tuple[Any, str]] = []
         first, *others = map(_static_attributes, blocks)
-        differences = ({key: (first.get(key), value) for key, value in o.items() if first.get(key) != value} for o in others)
+        differences = (
+            {key: (first.get(key), value) for key, value in o.items() if not _equal(first.get(key), value)} for o in others
+        )
         distinct: list[tuple[int, dict]] = []
         for i, difference in enumerate(differences, 1):
-            if difference and all(difference != known for _, known in distinct):
+            if difference and not any(_equal(difference, known) for _, known in distinct):
                 distinct.append((i, difference))
         self.distinct = distinct
 
     def __call__(self, graphdef: Any, x: Any, carry: tuple, shared: dict[str, Any]) -> None:
         types = jax.tree.map(lambda leaf: jax.typeof(leaf) if hasattr(leaf, "dtype") else leaf, (x, carry, shared))
         signature = (graphdef, str(types))
-        if signature in self.seen:
+        if any(_equal(signature, known) for known in self.seen):
             return
         reference = self._trace(graphdef, {}, x, carry, shared)
         for i, difference in self.distinct:
@@ -186,19 +198,19 @@ class _SameFunction:
                     "a static attribute that changes what they compute, and one loop runs one function. Use "
                     "checkpoint_blocks, or a stack for each kind."
                 )
-        self.seen.add(signature)
+        self.seen.append(signature)
 
     def _trace(self, graphdef: Any, difference: dict, x: Any, carry: tuple, shared: dict[str, Any]) -> Any:
         def forward(x, carry):
             state, per_block = x
-            module = nnx.merge(graphdef, remove_layer_axis(state, self.partition_name))
+            module = _one_block(self.block, self.setting, graphdef, state)
             for (path, name), (first, value) in difference.items():
                 node = module
                 for key in path:
                     node = node[key] if isinstance(key, int) else getattr(node, key)
-                if vars(node).get(name) == first:  # otherwise it was set for all blocks since
+                if _equal(vars(node).get(name), first):  # otherwise it was set for all blocks since
                     vars(node)[name] = value
-            return nnx.as_pure(self.block.__call__(module, *carry, **shared, **per_block))
+            return nnx.as_pure(self.method(module, *carry, **shared, **per_block))
 
         return jx.trace(forward, x, carry)
 
@@ -211,3 +223,11 @@ def _static_attributes(module: nnx.Module) -> dict[tuple, Any]:
         for name, value in vars(node).items()
         if not name.startswith("_pytree") and not isinstance(value, (nnx.Variable, nnx.Pytree, jax.Array, np.ndarray))
     }
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two static values are equal; where they cannot say so, arrays in a configuration above all, they are not."""
+    try:
+        return a is b or bool(a == b)
+    except (TypeError, ValueError):
+        return False
