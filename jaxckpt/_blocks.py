@@ -18,6 +18,7 @@ from jaxckpt.analysis import tagging
 from jaxckpt.engine import refs
 from jaxckpt.engine.choice import with_choice
 from jaxckpt.flax.linen import bound_module
+from jaxckpt.flax.objects import Objects, update_variables, written_apart
 from jaxckpt.policies.grammar import JaxPolicy, everything, nothing
 
 
@@ -44,11 +45,14 @@ def checkpoint_blocks(
     Raises:
         TypeError: `blocks` is no list of callables.
         ValueError: `blocks_per_ckpt` is not an integer in [1, len(blocks)], or `policy` is unknown; a bound Linen
-            module among the blocks writes its variables.
+            module among the blocks writes its variables, or a block one that it closes over, of an NNX module.
         TypeError: a block is given a `jax.Ref`, or closes over one.
 
     Bound Linen modules are blocks too, in a parent's `@nn.compact` for instance. `init` runs them without chunks, which it
     does not need; what they write when applied (`batch_stats`, `sow`) cannot leave a chunk and is refused.
+
+    State of NNX modules (dropout's counters, statistics, `sow`) goes on as in a plain loop. Give the modules themselves, their
+    methods or `functools.partial`s of them: what a lambda hides cannot be changed.
 
     >>> import jax.numpy as jnp
     >>> checkpoint_blocks([jnp.sin, jnp.cos, jnp.sin], jnp.zeros(2), blocks_per_ckpt=2)[0].shape
@@ -71,8 +75,7 @@ def checkpoint_blocks(
     if blocks_per_ckpt == 1:
         keep = everything  # one block at a time is alive anyway: keeping less inside it would only run it a third time
     for start in range(0, len(blocks), blocks_per_ckpt):
-        chunk = [_checkpoint(block, keep) for block in blocks[start : start + blocks_per_ckpt]]
-        args = _checkpoint(lambda *a, chunk=chunk: _run(chunk, a), nothing)(*args)
+        args = _checkpoint(blocks[start : start + blocks_per_ckpt], nothing, inner=keep)(*args)
     for name, leaf in _variables(modules).items():
         if before.get(name) is not leaf:
             raise ValueError(
@@ -113,34 +116,46 @@ def _run(blocks: Sequence[Callable[..., Any]], args: tuple[Any, ...]) -> tuple[A
     return args
 
 
-def _checkpoint(fn: Callable[..., Any], keep: "JaxPolicy | functools.partial[Any]") -> Callable[..., Any]:
-    """`jax.checkpoint` of a function whose arguments and results may hold leaves that are not arrays.
+def _checkpoint(
+    blocks: Sequence[Callable[..., Any]], keep: "JaxPolicy | functools.partial[Any]", inner: Any = everything
+) -> Callable[..., Any]:
+    """`jax.checkpoint` of blocks, whose arguments and results may hold leaves that are not arrays.
 
     Arguments:
         keep: the policy; or, as a `partial`, what makes one, and the jaxpr it is for, from the function's jaxpr.
+        inner: the policy of each block by itself.
     """
     if keep is everything:
-        return fn
+        return functools.partial(_as_one, blocks)
 
     def run(*args):
-        leaves, tree = jax.tree.flatten(args)
-        arrays, rebuild = _split(leaves)
-        out = {}
+        objects, out = Objects(blocks, args), {}
 
         def on_arrays(arrays):
-            results, out["tree"] = jax.tree.flatten(fn(*jax.tree.unflatten(tree, rebuild(arrays))))
-            kept, out["rebuild"] = _split(results)
+            copied, args, copies = objects.copied(arrays)
+            with written_apart():
+                results = _run([_checkpoint([block], inner) for block in copied], args)
+            changed = copies.changed()
+            leaves, tree = jax.tree.flatten((copies.marked(results), list(changed.values())))
+            kept, rebuild = _split(leaves)
+            out.update(paths=list(changed), tree=tree, rebuild=rebuild)
             return kept
 
-        closed = jx.trace(on_arrays, arrays)
+        closed = jx.trace(on_arrays, objects.arrays)
         refs.check_closed_over("checkpoint_blocks: a block", closed)
         closed, policy = keep(closed) if isinstance(keep, functools.partial) else (closed, keep)
         on_leaves = jx.as_function(closed)
         # The blocks of a chunk are straight-line code: without the barrier XLA would merge the re-run with the forward.
-        kept = jax.checkpoint(lambda arrays: on_leaves(*arrays), policy=policy, prevent_cse=True)(arrays)
-        return jax.tree.unflatten(out["tree"], out["rebuild"](kept))
+        kept = jax.checkpoint(lambda arrays: on_leaves(*arrays), policy=policy, prevent_cse=True)(objects.arrays)
+        results, variables = jax.tree.unflatten(out["tree"], out["rebuild"](kept))
+        update_variables(objects.originals, dict(zip(out["paths"], variables, strict=True)))
+        return objects.returned(results)
 
     return run
+
+
+def _as_one(blocks: Sequence[Callable[..., Any]], *args: Any) -> tuple[Any, ...]:
+    return _run(blocks, args)
 
 
 def _split(leaves: list[Any]) -> tuple[list[Any], Callable[[list[Any]], list[Any]]]:
@@ -152,13 +167,14 @@ def _split(leaves: list[Any]) -> tuple[list[Any], Callable[[list[Any]], list[Any
 
 def _tags(blocks: Sequence[Callable[..., Any]], args: tuple[Any, ...]) -> frozenset[str]:
     """The tags of all blocks together."""
-    leaves, tree = jax.tree.flatten(args)
-    arrays, rebuild = _split(leaves)
+    objects = Objects(blocks, args)
 
     def all_blocks(arrays):
-        return _split(jax.tree.leaves(_run(blocks, jax.tree.unflatten(tree, rebuild(arrays)))))[0]
+        copied, args, _ = objects.copied(arrays)
+        with written_apart():
+            return _split(jax.tree.leaves(_run(copied, args)))[0]
 
-    return tagging.tags(jx.trace(all_blocks, arrays))
+    return tagging.tags(jx.trace(all_blocks, objects.arrays))
 
 
 def _chosen(policy: policies.Policy, tags: Iterable[str], closed: Any) -> tuple[Any, JaxPolicy]:

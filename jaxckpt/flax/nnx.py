@@ -21,6 +21,7 @@ from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.engine import check
 from jaxckpt.engine.stack import per_block_of
 from jaxckpt.flax.arguments import run_and_write_back
+from jaxckpt.flax.objects import update_variables
 
 
 @functools.lru_cache(1024)  # so that equal stacks are of one class
@@ -135,17 +136,8 @@ def _one_block(block: type[nnx.Module], setting: Setting, graphdef: Any, state: 
 def _write_back(stack: nnx.Module, before: nnx.State, after: nnx.State) -> None:
     """Updates the variables that the blocks changed, and adds those they made (`sow`); leaves all others untouched."""
     old = dict(nnx.to_flat_state(before))
-    changed = {}
-    for path, variable in nnx.to_flat_state(after):
-        if path not in old:
-            parent: Any = stack
-            for key in path[:-1]:
-                parent = parent[key] if isinstance(key, int) else getattr(parent, str(key))
-            setattr(parent, str(path[-1]), variable)
-        elif not same_leaves(old[path], variable):
-            changed[path] = variable
-    if changed:
-        nnx.update(stack, nnx.from_flat_state(changed))
+    now = nnx.to_flat_state(after)
+    update_variables(stack, {path: new for path, new in now if path not in old or not same_leaves(old[path], new)})
 
 
 def _check_unshared(blocks: list[nnx.Module]) -> None:

@@ -1,0 +1,127 @@
+"""NNX objects that callables hold or are given, for functions that are traced apart from where they were made.
+
+NNX refuses to change a variable inside of another trace than its own. So the traced function has copies, whose state goes in and
+out as arrays, and the objects are given what the copies became.
+"""
+
+import contextlib
+import functools
+import types
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from flax import errors, nnx
+
+from jaxckpt._leaves import is_array, replaced, same_leaves
+
+
+class Objects:
+    """The NNX objects that `blocks` hold (modules, their methods, `functools.partial`s of them) and those in `args`.
+
+    `arrays` are those of their state and those in `args`.
+    """
+
+    def __init__(self, blocks: Sequence[Callable[..., Any]], args: Any):
+        self.blocks = [_parts(block) for block in blocks]
+        self.arg_leaves, self.arg_tree = jax.tree.flatten(args, is_leaf=_is_object)
+        of_args = [leaf for leaf in self.arg_leaves if _is_object(leaf)]
+        self.originals = (*(part for parts, _ in self.blocks for part in parts), *of_args)
+        self.graphdef, state = nnx.split(self.originals)
+        leaves, self.state_tree = jax.tree.flatten(state)
+        self.leaves = [*leaves, *(leaf for leaf in self.arg_leaves if not _is_object(leaf))]
+        self.where = [i for i, leaf in enumerate(self.leaves) if is_array(leaf)]
+        self.arrays = [self.leaves[i] for i in self.where]
+
+    def copied(self, arrays: list[Any]) -> tuple[list[Callable[..., Any]], Any, "Copies"]:
+        """Blocks and arguments with copies of the objects, made of other arrays."""
+        leaves = iter(replaced(self.leaves, self.where, arrays))
+        state = jax.tree.unflatten(self.state_tree, [next(leaves) for _ in range(self.state_tree.num_leaves)])
+        copies = Copies(self.graphdef, state)
+        objects = iter(copies.objects)
+        blocks = [rebuild([next(objects) for _ in parts]) for parts, rebuild in self.blocks]
+        args = [next(objects) if _is_object(leaf) else next(leaves) for leaf in self.arg_leaves]
+        return blocks, jax.tree.unflatten(self.arg_tree, args), copies
+
+    def returned(self, results: Any) -> Any:
+        """What `Copies.marked` made of results, with the objects themselves."""
+        return jax.tree.map(lambda leaf: self.originals[leaf.index] if isinstance(leaf, _Copy) else leaf, results)
+
+
+@dataclass(frozen=True)
+class _Copy:
+    index: int
+
+
+class Copies:
+    """The copies of one trace."""
+
+    def __init__(self, graphdef: Any, state: Any):
+        self.before = {path: jax.tree.leaves(variable) for path, variable in nnx.to_flat_state(state)}
+        self.objects = nnx.merge(graphdef, state)
+
+    def changed(self) -> dict[tuple, Any]:
+        """The variables that are new, or hold something else than at first, by path."""
+        now = nnx.to_flat_state(nnx.split(self.objects)[1])
+        return {path: new for path, new in now if path not in self.before or not same_leaves(self.before[path], new)}
+
+    def marked(self, results: Any) -> Any:
+        """Results of the trace, with the copies among them marked."""
+        at = {id(copy): _Copy(i) for i, copy in enumerate(self.objects)}
+        return jax.tree.map(lambda leaf: at.get(id(leaf), leaf), results, is_leaf=lambda leaf: id(leaf) in at)
+
+
+@contextlib.contextmanager
+def written_apart() -> Iterator[None]:
+    """Says what to write where a block changes an object that it hides, in a lambda above all."""
+    try:
+        yield
+    except errors.TraceContextError as error:
+        raise ValueError(
+            "checkpoint_blocks: a block changes an NNX object that it closes over, a counter of random numbers or statistics, "
+            "and the change could not leave the chunk. Give checkpoint_blocks the module itself, its method, or "
+            "functools.partial(module, ...), whose state is written back"
+        ) from error
+
+
+def update_variables(root: Any, changed: dict[Any, Any]) -> None:
+    """Updates variables below `root`, by path, and adds those that are new (`sow`)."""
+    if not changed:
+        return
+    known = {path for path, _ in nnx.to_flat_state(nnx.split(root)[1])}
+    for path, variable in changed.items():
+        if path not in known:
+            parent = root
+            for key in path[:-1]:
+                parent = parent[key] if isinstance(key, int) else getattr(parent, str(key))
+            setattr(parent, str(path[-1]), variable)
+    if old := {path: variable for path, variable in changed.items() if path in known}:
+        nnx.update(root, nnx.from_flat_state(old))
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, (nnx.Pytree, nnx.Variable))
+
+
+def _is_whole(value: Any) -> bool:
+    return _is_object(value) or callable(value)
+
+
+def _parts(value: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """The objects in a leaf, and a function that makes it with others in their places."""
+    if _is_object(value):
+        return [value], lambda parts: parts[0]
+    if isinstance(value, types.MethodType) and _is_object(value.__self__):
+        return [value.__self__], lambda parts: types.MethodType(value.__func__, parts[0])
+    if isinstance(value, functools.partial):
+        leaves, tree = jax.tree.flatten((value.func, value.args, value.keywords), is_leaf=_is_whole)
+        found = [_parts(leaf) for leaf in leaves]
+
+        def rebuild(parts):
+            left = iter(parts)
+            func, args, keywords = jax.tree.unflatten(tree, [make([next(left) for _ in own]) for own, make in found])
+            return functools.partial(func, *args, **keywords)
+
+        return [part for own, _ in found for part in own], rebuild
+    return [], lambda parts: value

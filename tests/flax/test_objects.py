@@ -1,0 +1,111 @@
+"""NNX modules in `checkpoint_blocks`: their state goes on as in the plain loop."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxckpt import checkpoint_blocks
+from tests.support import relative_error
+
+D = 4
+x = jnp.linspace(-1.0, 1.0, 3 * D).reshape(3, D)
+settings = pytest.mark.parametrize("blocks_per_ckpt, policy", [(1, "everything"), (3, "cheap"), (2, "save:h")])
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs):
+        self.linear, self.dropout = nnx.Linear(D, D, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.dropout(jax.ad_checkpoint.checkpoint_name(jnp.tanh(self.linear(x)), "h"))
+
+
+class Other(nnx.Module):
+    def __init__(self, rngs):
+        self.norm = nnx.BatchNorm(D, rngs=rngs)
+
+    def forward(self, x, *, scale=1.0):
+        return x + scale * jnp.sin(self.norm(x))
+
+
+def modules() -> nnx.List:
+    blocks = [Block(nnx.Rngs(0)), Other(nnx.Rngs(1)), Block(nnx.Rngs(2)), Other(nnx.Rngs(3))]
+    return nnx.List([*blocks, blocks[0]])  # one of them twice
+
+
+def callables(modules):
+    a, b, c, d, again = modules
+    return [a, b.forward, c, functools.partial(d.forward, scale=0.5), functools.partial(again)]
+
+
+@settings
+def test_values_gradients_and_state_are_those_of_the_loop(x64, blocks_per_ckpt, policy):
+    def run(modules, x, blocks_per_ckpt):
+        def loss(modules, x):
+            (y,) = checkpoint_blocks(callables(modules), x, blocks_per_ckpt, policy=policy)
+            return (y**2).sum()
+
+        return nnx.value_and_grad(loss, argnums=(0, 1))(modules, x)
+
+    got, want = modules(), modules()
+    for model in (got, want):
+        nnx.update(model, jax.tree.map(lambda leaf: leaf.astype(float), nnx.state(model, (nnx.Param, nnx.BatchStat))))
+    step = nnx.jit(run, static_argnums=2)
+    for _ in range(2):
+        a, b = step(got, x.astype(float), blocks_per_ckpt), step(want, x.astype(float), None)
+        assert relative_error(nnx.to_pure_dict(nnx.state(a)), nnx.to_pure_dict(nnx.state(b))) < 1e-12
+    pure = [nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)) for model in (got, want)]
+    assert relative_error(*pure) < 1e-12
+    counts = [[int(model[i].dropout.rngs.count[...]) for i in (0, 2)] for model in (got, want)]
+    assert counts == [[4, 2], [4, 2]]
+
+
+def test_without_jit_steps_draw_other_masks():
+    blocks = callables(modules())
+    first, second = (checkpoint_blocks(blocks, x, 2)[0] for _ in range(2))
+    assert not np.allclose(first, second)
+
+
+def test_a_stream_among_the_arguments_advances():
+    def block(x, rngs):
+        return x + rngs.normal(x.shape), rngs
+
+    def run(blocks_per_ckpt):
+        rngs = nnx.Rngs(0)
+        y, returned = checkpoint_blocks([block] * 5, (x, rngs), blocks_per_ckpt)
+        assert returned is rngs and int(rngs.default.count[...]) == 5
+        return y
+
+    np.testing.assert_allclose(run(2), run(None), rtol=1e-6)
+
+
+def test_a_stream_that_blocks_share_advances_through_them():
+    rngs, same = nnx.Rngs(0), nnx.Rngs(0)
+    draw = lambda rngs, x: x + rngs.normal(x.shape)  # noqa: E731
+    got = checkpoint_blocks([functools.partial(draw, rngs)] * 5, x, 2)[0]
+    want = checkpoint_blocks([functools.partial(draw, same)] * 5, x, None)[0]
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    assert int(rngs.default.count[...]) == 5
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_blocks_sow_is_in_the_modules():
+    class Sows(nnx.Module):
+        def __call__(self, x):
+            self.sow(nnx.Intermediate, "h", x)
+            return jnp.sin(x)
+
+    blocks = [Sows() for _ in range(3)]
+    checkpoint_blocks(blocks, x, 2)
+    np.testing.assert_allclose(blocks[2].h.get_value()[0], jnp.sin(jnp.sin(x)), rtol=1e-6)
+
+
+def test_state_that_a_lambda_hides_is_refused():
+    block = Block(nnx.Rngs(0))
+    for policy in ("everything", "cheap", "save:h"):
+        with pytest.raises(ValueError, match=r"changes an NNX object that it closes over.*functools\.partial"):
+            checkpoint_blocks([lambda x: block(x)] * 2, x, 2, policy=policy)
