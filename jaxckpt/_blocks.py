@@ -51,8 +51,8 @@ def checkpoint_blocks(
     Bound Linen modules are blocks too, in a parent's `@nn.compact` for instance. `init` runs them without chunks, which it
     does not need; what they write when applied (`batch_stats`, `sow`) cannot leave a chunk and is refused.
 
-    State of NNX modules (dropout's counters, statistics, `sow`) goes on as in a plain loop. Give the modules themselves, their
-    methods or `functools.partial`s of them: what a lambda hides cannot be changed.
+    State of NNX modules (dropout's counters, statistics, `sow`) goes on as in a plain loop. Give the modules themselves,
+    their methods or `functools.partial`s of them: what a lambda hides cannot be changed.
 
     >>> import jax.numpy as jnp
     >>> checkpoint_blocks([jnp.sin, jnp.cos, jnp.sin], jnp.zeros(2), blocks_per_ckpt=2)[0].shape

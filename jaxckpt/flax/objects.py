@@ -1,7 +1,7 @@
 """NNX objects that callables hold or are given, for functions that are traced apart from where they were made.
 
-NNX refuses to change a variable inside of another trace than its own. So the traced function has copies, whose state goes in and
-out as arrays, and the objects are given what the copies became.
+NNX refuses to change a variable inside of another trace than its own. So the traced function has copies, whose state goes
+in and out as arrays, and the objects are given what the copies became.
 """
 
 import contextlib
@@ -79,8 +79,8 @@ def written_apart() -> Iterator[None]:
         yield
     except errors.TraceContextError as error:
         raise ValueError(
-            "checkpoint_blocks: a block changes an NNX object that it closes over, a counter of random numbers or statistics, "
-            "and the change could not leave the chunk. Give checkpoint_blocks the module itself, its method, or "
+            "checkpoint_blocks: a block changes an NNX object that it closes over, a counter of random numbers or "
+            "statistics, and the change could not leave the chunk. Give checkpoint_blocks the module itself, its method, or "
             "functools.partial(module, ...), whose state is written back"
         ) from error
 
