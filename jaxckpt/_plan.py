@@ -54,12 +54,8 @@ class StackPlan:
     jax_version: str
     knobs: Knobs
 
-    def check(self, **found: Any) -> None:
-        """Refuses a stack that is not the one that was planned.
-
-        Raises:
-            ValueError: naming what differs, of `block`, `length`, `carry` and `program`.
-        """
+    def refusal(self, **found: Any) -> ValueError | None:
+        """Why a stack is not the one that was planned, of `block`, `length`, `carry` and `program`; None where it is."""
         other = [
             f"its {name} is {value}, and the plan is for {getattr(self, name)}"
             for name, value in found.items()
@@ -67,11 +63,13 @@ class StackPlan:
         ]
         if not other and found["program"] != self.program:
             other = ["the block computes something else, though its name and types are the same (other flags, say)"]
-        if other:
-            raise ValueError(
-                f"{found['block']}: the plan is for another stack: {'; '.join(other)}. Run jaxckpt.plan again; or, where "
-                "this is another use of the model, such as evaluation, build the stack without plan: the parameters fit"
-            )
+        if not other:
+            return None
+        return ValueError(
+            f"{found['block']}: the plan is for another stack: {'; '.join(other)}. Without derivatives, as in evaluation, it "
+            "runs all the same; but here it is differentiated, and nothing is known of its memory. Run jaxckpt.plan again; or "
+            "build the stack without plan: the parameters fit"
+        )
 
 
 @dataclass(frozen=True)
@@ -146,8 +144,25 @@ class Plan:
         """Writes the plan as JSON, for `checkpoint_scan(..., plan=path)`."""
         Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n")
 
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> "Plan":
+        """The plan that `save` wrote, for `around`; `checkpoint_scan(..., plan=path)` reads the file itself.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is no plan, or one of another version of this format.
+        """
+        return load(path)
+
     def around(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """`step` under the plan: what `plan="auto"` stacks in it are run with. They must be those that were planned."""
+        """`step` under the plan: what `plan="auto"` stacks in it are run with.
+
+        What is differentiated must be what was planned; without derivatives, other stacks are run under default knobs.
+
+        Raises:
+            ValueError: the plan was made with another version of JAX.
+        """
+        _check_version(self.jax_version)
         if not callable(step):
             raise TypeError(f"around takes the step that was planned, a function; got {step!r:.200}")
 
@@ -210,12 +225,16 @@ def pinned(plan: "Plan | StackPlan | str | os.PathLike[str]") -> StackPlan:
             listed = ", ".join(map(repr, plan.stacks))
             raise ValueError(f"{where} has several stacks, {listed}: write plan='FILE:NAME', or plan=found['NAME']")
         stack = next(iter(plan.stacks.values())) if name is None else plan[name]
-    if stack.jax_version != jax.__version__:
-        raise ValueError(
-            f"the plan was made with JAX {stack.jax_version}, and this is JAX {jax.__version__}, whose compiler needs other "
-            "memory. Run jaxckpt.plan again"
-        )
+    _check_version(stack.jax_version)
     return stack
+
+
+def _check_version(made_with: str) -> None:
+    if made_with != jax.__version__:
+        raise ValueError(
+            f"the plan was made with JAX {made_with}, and this is JAX {jax.__version__}, whose compiler needs other memory. Run "
+            "jaxckpt.plan again"
+        )
 
 
 _active: ContextVar[Mapping[str, StackPlan | Knobs] | None] = ContextVar("active", default=None)

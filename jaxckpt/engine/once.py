@@ -1,8 +1,9 @@
-"""Guards of what can be differentiated once, in reverse: they say so where JAX would speak of `custom_vjp` and `while`.
+"""Guards of what cannot be differentiated, or once only, in reverse: they say so in our words.
 
 The tangent of what is guarded is refused where it is used, not where it is made: what `jax.lax.stop_gradient` drops is fine.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,14 +28,28 @@ def differentiated_once(x: Any) -> Any:
 
 @differentiated_once.defjvp
 def _(primals, tangents):
-    return primals[0], unusable_p.bind(*tangents, transposes=False)
+    return primals[0], unusable_p.bind(*tangents, transposes=False, error=_ONCE)
 
 
-def _refuse(*args: Any, **params: Any) -> Any:
-    raise TypeError(
-        "the reversal engine has no forward mode (jvp, linearize, jacfwd) and no second derivatives (hessian, grad of "
-        "grad): write engine='scan', which has both"
-    )
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def not_differentiated(x: Any, error: Exception) -> Any:
+    """`x`, with a tangent that raises `error` where it is used."""
+    return x
+
+
+@not_differentiated.defjvp
+def _(error, primals, tangents):
+    return primals[0], unusable_p.bind(*tangents, transposes=False, error=error)
+
+
+_ONCE = TypeError(
+    "the reversal engine has no forward mode (jvp, linearize, jacfwd) and no second derivatives (hessian, grad of grad): "
+    "write engine='scan', which has both"
+)
+
+
+def _refuse(*args: Any, error: Exception, **params: Any) -> Any:
+    raise error.with_traceback(None)
 
 
 _NUMBER = ShapedArray((), np.dtype("float32"))
@@ -46,7 +61,7 @@ def _zero(*arrays: Any) -> jax.Array:
 
 def _jvp(arrays, tangents):
     given = [t for t in tangents if not isinstance(t, ad.Zero)]
-    return reverse_only_p.bind(*arrays), unusable_p.bind(*given, transposes=True)
+    return reverse_only_p.bind(*arrays), unusable_p.bind(*given, transposes=True, error=_ONCE)
 
 
 reverse_only_p = Primitive("jaxckpt_reverse_only")
@@ -57,17 +72,19 @@ batching.primitive_batchers[reverse_only_p] = lambda arrays, axes: (reverse_only
 mlir.register_lowering(reverse_only_p, mlir.lower_fun(_zero, multiple_results=False))
 
 
-def _transposed(ct, *tangents, transposes):
-    return [ad.Zero(t.aval) for t in tangents] if transposes else _refuse()
+def _transposed(ct, *tangents, transposes, error):
+    return [ad.Zero(t.aval) for t in tangents] if transposes else _refuse(error=error)
 
 
-def _batched(tangents, axes, *, transposes):
+def _batched(tangents, axes, *, transposes, error):
     # Tangents of a number are batched in forward mode only, where JAX would ask the `custom_vjp` behind it next.
-    return _refuse() if transposes else (unusable_p.bind(*tangents, transposes=False), axes[0])
+    if transposes:
+        return _refuse(error=error)
+    return unusable_p.bind(*tangents, transposes=False, error=error), axes[0]
 
 
 unusable_p = Primitive("jaxckpt_unusable")  # of all tangents that of the number, or of one the same
-unusable_p.def_abstract_eval(lambda *tangents, transposes: _NUMBER if transposes else tangents[0])
+unusable_p.def_abstract_eval(lambda *tangents, transposes, error: _NUMBER if transposes else tangents[0])
 unusable_p.def_impl(_refuse)
 ad.deflinear2(unusable_p, _transposed)
 batching.primitive_batchers[unusable_p] = _batched

@@ -27,6 +27,7 @@ from jaxckpt.analysis.tradeoff import Choice, Tradeoff
 from jaxckpt.engine import check, refs
 from jaxckpt.engine.choice import with_choice
 from jaxckpt.engine.offload import guard_offload
+from jaxckpt.engine.once import not_differentiated
 from jaxckpt.engine.reversal import Inputs, Step, reverse_blocks
 from jaxckpt.engine.scan import scan_blocks
 from jaxckpt.policies.grammar import JaxPolicy, everything, nothing
@@ -70,9 +71,9 @@ def run_stack(
     planned = active(setting.plan) if isinstance(setting.plan, str) else setting.plan
     if isinstance(setting.plan, str) and planned is not None:
         setting = with_knobs(setting, planned.knobs if isinstance(planned, StackPlan) else planned)
-    if setting.blocks_per_ckpt is not None:
+    if setting.blocks_per_ckpt is not None and not isinstance(planned, StackPlan):  # whose length is looked at below
         check_blocks_per_ckpt(setting.blocks_per_ckpt, length)
-    if setting.snapshots is not None:
+    if setting.snapshots is not None and not isinstance(planned, StackPlan):
         check_snapshots(setting.snapshots, length, setting.blocks_per_ckpt)
     of_carry = [(names.leaf(i, ()), value) for i, value in enumerate(carry)]
     refs.check_given(names.block, [*of_carry, *shared.items(), ("the stacked parameters", xs)])
@@ -84,8 +85,13 @@ def run_stack(
             traced = _trace(block, setting, xs, carry, shared, names)
     finally:
         observed.reset(token)
+    refusal = None
     if isinstance(planned, StackPlan):
-        planned.check(block=names.block, **described(traced.closed, traced.carry, length))
+        refusal = planned.refusal(block=names.block, **described(traced.closed, traced.carry, length))
+    if refusal is not None:
+        if observed.get() is not None:  # by those who look at what is kept for derivatives
+            raise refusal
+        setting = dataclasses.replace(with_knobs(setting, Knobs()), plan=None)
     check.effects(traced.closed, setting, names)
     x_leaves = jax.tree.leaves(xs)
     carried = range(len(x_leaves), len(x_leaves) + len(traced.carry))
@@ -118,6 +124,8 @@ def run_stack(
     if (see := observed.get()) is not None:
         see(run)
     last, ys = run.execute(closed.consts, *run.leaves, mark=guarded.mark)
+    if refusal is not None:
+        last, ys = ([not_differentiated(leaf, refusal) for leaf in leaves] for leaves in (last, ys))
     stacked = own | {i - len(sources): y for i, y in zip(run.computed, ys, strict=True)}
     aux, extra = jax.tree.unflatten(traced.rest_tree, [stacked[i] for i in range(len(rest_sources))])
     return Stacked(jax.tree.unflatten(traced.carry_tree, last), aux, extra)
