@@ -3,9 +3,9 @@
 from jaxckpt import _start as _start  # before JAX
 from jaxckpt import policies as policies
 from jaxckpt._blocks import checkpoint_blocks as checkpoint_blocks
-from jaxckpt._plan import Plan as Plan
 from jaxckpt._params import stack_params as stack_params
 from jaxckpt._params import unstack_params as unstack_params
+from jaxckpt._plan import Plan as Plan
 from jaxckpt._scan import checkpoint_scan as checkpoint_scan
 from jaxckpt.memory import targets as targets
 from jaxckpt.memory.explain import explain as explain

@@ -66,9 +66,9 @@ class StackPlan:
         if not other:
             return None
         return ValueError(
-            f"{found['block']}: the plan is for another stack: {'; '.join(other)}. Without derivatives, as in evaluation, it "
-            "runs all the same; but here it is differentiated, and nothing is known of its memory. Run jaxckpt.plan again; or "
-            "build the stack without plan: the parameters fit"
+            f"{found['block']}: the plan is for another stack: {'; '.join(other)}. Without derivatives, as in evaluation, "
+            "it runs all the same; but here it is differentiated, and nothing is known of its memory. Run jaxckpt.plan again; "
+            "or build the stack without plan: the parameters fit"
         )
 
 
@@ -232,8 +232,8 @@ def pinned(plan: "Plan | StackPlan | str | os.PathLike[str]") -> StackPlan:
 def _check_version(made_with: str) -> None:
     if made_with != jax.__version__:
         raise ValueError(
-            f"the plan was made with JAX {made_with}, and this is JAX {jax.__version__}, whose compiler needs other memory. Run "
-            "jaxckpt.plan again"
+            f"the plan was made with JAX {made_with}, and this is JAX {jax.__version__}, whose compiler needs other memory. "
+            "Run jaxckpt.plan again"
         )
 
 
