@@ -67,7 +67,7 @@ class StackPlan:
             return None
         return ValueError(
             f"{found['block']}: the plan is for another stack: {'; '.join(other)}. Without derivatives, as in evaluation, "
-            "it runs all the same; but here it is differentiated, and nothing is known of its memory. Run jaxckpt.plan again; "
+            "it runs all the same; but here it is differentiated, and its memory is unknown. Run jaxckpt.plan again, "
             "or build the stack without plan: the parameters fit"
         )
 
