@@ -17,6 +17,7 @@ from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis import tagging
 from jaxckpt.engine import refs
 from jaxckpt.engine.choice import with_choice
+from jaxckpt.engine.offload import guard_offload, loop_that_offloads
 from jaxckpt.flax.linen import bound_module
 from jaxckpt.flax.objects import Objects, update_variables, written_apart
 from jaxckpt.policies.grammar import JaxPolicy, everything, nothing
@@ -144,10 +145,14 @@ def _checkpoint(
         closed = jx.trace(on_arrays, objects.arrays)
         refs.check_closed_over("checkpoint_blocks: a block", closed)
         closed, policy = keep(closed) if isinstance(keep, functools.partial) else (closed, keep)
+        # Blocks stand in no loop of ours, but one of their own may offload.
+        guarded = guard_offload(policy, loop_that_offloads(closed.jaxpr, policy) is not None)
         on_leaves = jx.as_function(closed)
         # The blocks of a chunk are straight-line code: without the barrier XLA would merge the re-run with the forward.
-        kept = jax.checkpoint(lambda arrays: on_leaves(*arrays), policy=policy, prevent_cse=True)(objects.arrays)
-        results, variables = jax.tree.unflatten(out["tree"], out["rebuild"](kept))
+        kept = jax.checkpoint(lambda arrays: on_leaves(*arrays), policy=guarded.keep, prevent_cse=True)(
+            guarded.mark(objects.arrays)
+        )
+        results, variables = jax.tree.unflatten(out["tree"], out["rebuild"](guarded.mark(kept)))
         update_variables(objects.originals, dict(zip(out["paths"], variables, strict=True)))
         return objects.returned(results)
 

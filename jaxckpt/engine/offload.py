@@ -4,6 +4,9 @@ XLA of JAX 0.10.2 and 0.11.0 burns the offsets of host slices into the program a
 backward loop that asks for block 47, 46, ... is given block 0, 1, ... (openxla/xla#46231). Nothing fails; the gradients
 are wrong. So a stack that offloads is refused when it is lowered for a GPU, present or described, and only then: the
 same stack runs on a CPU, and forward passes, which offload nothing, run everywhere.
+
+In a loop of the block's own no version compiles an offload for a GPU (XLA's INTERNAL error "Expected instruction to have
+shape equal to", up to JAX 0.12.0.1): refused in the same way.
 """
 
 from collections.abc import Callable
@@ -12,9 +15,12 @@ from typing import Any, NamedTuple
 import jax
 from jax.ad_checkpoint import Offloadable
 from jax.extend.core import Primitive
+from jax.extend.core.primitives import name_p
 from jax.interpreters import ad, batching, mlir
 
 from jaxckpt._setting import FIXED_IN
+from jaxckpt.analysis import jaxpr as jx
+from jaxckpt.analysis import sources, tagging
 from jaxckpt.policies.grammar import JaxPolicy, everything, nothing
 
 CARRY = "jaxckpt_carry"  # the tag of what enters a chunk, where that goes to the host
@@ -35,9 +41,16 @@ def to_device(arrays: list[Any]) -> list[Any]:
 
 
 class _Watch:
-    """Whether a policy has offloaded a value; lowering comes after differentiation, so it knows."""
+    """Whether a policy has offloaded a value; lowering comes after differentiation, so it knows.
+
+    Attributes:
+        loop: that in the block where it does, if there is one.
+    """
 
     offloaded = False
+
+    def __init__(self, loop: str | None):
+        self.loop = loop
 
 
 class Guarded(NamedTuple):
@@ -48,11 +61,37 @@ class Guarded(NamedTuple):
     mark: Callable[[list[Any]], list[Any]]
 
 
-def guard_offload(keep: JaxPolicy, may_offload: bool, version: tuple[int, ...] = jax.__version_info__) -> Guarded:
-    """Makes a stack that offloads through `lax.scan` refuse to be lowered for a GPU, on the versions that get it wrong."""
-    if version >= FIXED_IN or not may_offload:
+def loop_that_offloads(jaxpr: Any, keep: JaxPolicy) -> str | None:
+    """The loop inside a block, by its source, in which `keep` offloads a value: XLA compiles no such loop for a GPU."""
+
+    def offloads(eqn: Any) -> bool:
+        tag = tagging.tag_of(eqn)
+        prim, params = (eqn.primitive, eqn.params) if tag is None else (name_p, {"name": tag})
+        return isinstance(keep(prim, *(var.aval for var in eqn.invars), **params), Offloadable)
+
+    for eqn in jaxpr.eqns:
+        inner = jx.inner_jaxprs(eqn)
+        if eqn.primitive.name in ("scan", "while") and any(offloads(e) for part in inner for e in jx.equations(part)):
+            source = sources.source_of(eqn)
+            return f"{eqn.primitive.name} at {source[0]}:{source[1]}" if source else eqn.primitive.name
+        found = next(filter(None, (loop_that_offloads(part, keep) for part in inner)), None)
+        if found is not None:
+            return found
+    return None
+
+
+def guard_offload(
+    keep: JaxPolicy, may_offload: bool, version: tuple[int, ...] = jax.__version_info__, loop: str | None = None
+) -> Guarded:
+    """Makes a stack that offloads refuse to be lowered for a GPU, where that is compiled wrongly or not at all.
+
+    Arguments:
+        version: of JAX; before `FIXED_IN` every offload through `lax.scan` is wrong.
+        loop: the loop inside the block in which a value is offloaded, if one is.
+    """
+    if not may_offload or (version >= FIXED_IN and loop is None):
         return Guarded(keep, carry_to_host, list)
-    watch = _Watch()
+    watch = _Watch(loop)
 
     def watched(policy: JaxPolicy) -> JaxPolicy:
         if policy in (everything, nothing):  # known by identity elsewhere
@@ -74,6 +113,12 @@ def guard_offload(keep: JaxPolicy, may_offload: bool, version: tuple[int, ...] =
 
 
 def _refuse(ctx, x, *, watch):
+    if watch.offloaded and watch.loop is not None:
+        raise NotImplementedError(
+            f"the policy offloads a value inside a loop of the block ({watch.loop}), and XLA compiles no offload in a loop "
+            "inside the stack's loop for a GPU. Keep the value on the device ('save:NAMES' instead of 'offload:NAMES'), "
+            "tag the loop's result instead, behind the loop, or leave it to offload_carry=True with engine='reversal'."
+        )
     if watch.offloaded:
         raise NotImplementedError(
             f"JAX {jax.__version__} compiles offload through lax.scan to wrong gradients on GPU (openxla/xla#46231). "

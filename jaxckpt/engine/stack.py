@@ -26,7 +26,7 @@ from jaxckpt.analysis.stages import Piece, cuts_at_tags, find_cuts, in_pieces, p
 from jaxckpt.analysis.tradeoff import Choice, Tradeoff
 from jaxckpt.engine import check, refs
 from jaxckpt.engine.choice import with_choice
-from jaxckpt.engine.offload import guard_offload
+from jaxckpt.engine.offload import guard_offload, loop_that_offloads
 from jaxckpt.engine.once import not_differentiated
 from jaxckpt.engine.reversal import Inputs, Step, reverse_blocks
 from jaxckpt.engine.scan import scan_blocks
@@ -99,7 +99,8 @@ def run_stack(
         setting = _for_init(setting, traced.closed, carried, names)
     through_scan = setting.offload_carry and setting.engine == "scan"
     closed, keep, chosen = _resolve(setting, traced.closed, names)
-    guarded = guard_offload(keep, setting.policy.may_offload or through_scan)
+    loop = loop_that_offloads(closed.jaxpr, keep) if setting.policy.may_offload else None
+    guarded = guard_offload(keep, setting.policy.may_offload or through_scan, loop=loop)
 
     sources = flow.forwarded(closed.jaxpr)
     sources, rest_sources = sources[: len(traced.carry)], sources[len(traced.carry) :]

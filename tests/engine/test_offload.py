@@ -4,9 +4,10 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import pytest
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxckpt import checkpoint_scan, policies
+from jaxckpt import checkpoint_blocks, checkpoint_scan, policies
 from jaxckpt.engine.offload import FIXED_IN, guard_offload
 from tests.support import assert_no_zero_leaf, plain_loop, pull_back, random_like, relative_error
 
@@ -195,3 +196,53 @@ def test_batches_of_carries_on_the_host_are_refused(batched, args):
 def test_nothing_to_take_to_the_host():
     with pytest.raises(ValueError, match=r"offload_carry=True moves what enters each chunk .* policy='dots' keeps"):
         checkpoint_scan(block, offload_carry=True, policy="dots")
+
+
+def loop_inside(w, x):
+    return lax.scan(lambda c, _: (block(w, c), None), x, length=2)[0]
+
+
+INSIDE = r"inside a loop of the block \(scan at [^)]*test_offload\.py:\d+\)[\s\S]*'save:NAMES'[\s\S]*behind the loop"
+
+
+@offloading
+@pytest.mark.parametrize("knobs", [{}, {"blocks_per_ckpt": 2}, {"engine": "reversal"}])
+def test_a_loop_inside_the_block_is_refused_for_a_gpu_on_every_version(policy, knobs, args):
+    stack = checkpoint_scan(loop_inside, policy=policy, **knobs)
+    with pytest.raises(NotImplementedError, match=INSIDE):
+        export_for_gpu(jax.grad(lambda w, x: stack(w, x).sum()), *args)
+    assert export_for_gpu(stack, *args).platforms == ("cuda",)
+
+
+def test_a_loop_inside_the_block_on_a_cpu(args):
+    stack = checkpoint_scan(loop_inside, policy="offload:q")
+    got, want = pull_back(stack, *args), pull_back(lambda w, x: plain_loop(loop_inside, w, x), *args)
+    assert relative_error(got, want) < 1e-5
+
+
+def test_a_stack_inside_the_block_is_such_a_loop(args):
+    stack = checkpoint_scan(lambda w, x: checkpoint_scan(block)(w, x), policy="offload:q")
+    w, x = args
+    with pytest.raises(NotImplementedError, match=r"inside a loop of the block"):
+        export_for_gpu(jax.grad(lambda w, x: stack(w, x).sum()), jnp.stack([w, w]), x)
+
+
+def test_a_tag_behind_the_loop_is_no_offload_inside_it(args):
+    behind = lambda w, x: checkpoint_name(lax.scan(lambda c, _: (c @ w, None), x, length=2)[0], "q")  # noqa: E731
+    stack = checkpoint_scan(behind, policy="offload:q")
+    grad = jax.grad(lambda w, x: jnp.sin(stack(w, x)).sum())
+    if before_the_fix:
+        with pytest.raises(NotImplementedError, match=REFUSAL):
+            export_for_gpu(grad, *args)
+    else:
+        assert export_for_gpu(grad, *args).platforms == ("cuda",)
+
+
+def test_checkpoint_blocks_of_blocks_with_a_loop(args):
+    w, x = args
+    run = lambda x: checkpoint_blocks([lambda x: loop_inside(w[0], x)] * 2, x, 2, policy="offload:q")[0].sum()  # noqa: E731
+    if before_the_fix:
+        with pytest.raises(NotImplementedError, match=REFUSAL):
+            export_for_gpu(jax.grad(run), x)
+    else:
+        assert export_for_gpu(jax.grad(run), x).platforms == ("cuda",)
