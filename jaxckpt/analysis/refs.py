@@ -25,8 +25,8 @@ def put_aside(closed: Any) -> Any:
         if any(type(var.aval).__name__ == "AbstractRef" for var in eqn.invars):
             kind = eqn.primitive.name.removesuffix("_call")
             raise ValueError(
-                f"a block passes a jax.Ref to a function with a derivative of its own ({kind}), which says nothing of what is "
-                "written there: pass the value, ref[...], and write into the Ref what the function returns"
+                f"a block passes a jax.Ref to a function with a derivative of its own ({kind}), which says nothing of what "
+                "is written there: pass the value, ref[...], and write into the Ref what the function returns"
             )
         return eqn.replace(primitive=opaque_p, params={"call": _Call(eqn)}, effects=frozenset())
 
