@@ -227,3 +227,48 @@ def test_modules_without_a_hash_among_the_arguments():
     stack = checkpoint_scan(Adds, N, per_block=("own",))(nnx.Rngs(0))
     gradients = nnx.grad(lambda layer: stack(x, layer=layer, own=own).sum())(layers()[0])
     assert np.any(gradients["linear"]["kernel"][...] != 0)
+
+
+# Blocks that call themselves: the one in the loop is a block, and not the stack that it is a part of.
+
+
+def made_odd(block, x, odd):
+    """Half of what a block makes of `x` less what it makes of `-x`."""
+    assert type(block).__name__ in ("Odd", "LinenOdd")
+    return 0.5 * (block(x, odd=False) - block(-x, odd=False)) if odd else x + nn.gelu(block.linear(x))
+
+
+class Odd(nnx.Module):
+    def __init__(self, rngs, number=0):
+        self.linear, self.number = nnx.Linear(D, D, rngs=rngs), number
+
+    def __call__(self, x, *, odd=True):
+        return made_odd(self, x, odd)
+
+
+class LinenOdd(nn.Module):
+    def setup(self):
+        self.linear = nn.Dense(D)
+
+    def __call__(self, x, *, odd=True):
+        return made_odd(self, x, odd)
+
+
+@pytest.mark.parametrize("setting", [{}, {"snapshots": 2}], ids=str)
+@pytest.mark.parametrize("numbers", [[0] * N, range(N)], ids=["equal modules", "modules that differ in a number"])
+def test_an_nnx_block_may_call_itself(numbers, setting):
+    blocks = [Odd(nnx.Rngs(i), number) for i, number in enumerate(numbers)]
+    stack, want = checkpoint_scan(blocks, **setting), x
+    for block in blocks:
+        want = block(want)
+    np.testing.assert_allclose(stack(x), want, rtol=1e-5, atol=1e-6)
+    assert type(stack).__name__ == "ScanOdd" and checkpoint_scan(Odd, N)(nnx.Rngs(0))(x).shape == x.shape
+
+
+@pytest.mark.parametrize("setting", [{}, {"snapshots": 2}], ids=str)
+def test_a_linen_block_may_call_itself(setting):
+    stack, want = checkpoint_scan(LinenOdd, N, **setting)(), x
+    variables = stack.init(jax.random.key(0), x)
+    for params in unstack_params(variables["params"]):
+        want = LinenOdd().apply({"params": params}, want)
+    np.testing.assert_allclose(stack.apply(variables, x), want, rtol=1e-5, atol=1e-6)
