@@ -111,11 +111,11 @@ def _compiled_for_target(job: Job, stack: Stack, setting: str) -> Row:
     if setting == PLAN:
         row = planned(job, stack)
         plan = written(job, row["plan"])
-    step = step_of(setting, stack, plan)
+    step = jax.jit(step_of(setting, stack, plan))  # which is traced once for all
     found = measure(step, *stack.arguments(), target=job.target)
     row |= {"predicted_bytes": found.peak_bytes, "temp_bytes": found.temp_bytes, "compile_seconds": found.compile_seconds}
     seconds = row.get("model_seconds") or model_seconds(stack, setting, job.rates_of)
-    return {**row, "model_seconds": seconds, "digest": digest_of(jax.jit(step).trace(*stack.arguments()))}
+    return {**row, "model_seconds": seconds, "digest": digest_of(step.trace(*stack.arguments()))}
 
 
 def _small_for_target(job: Job) -> Iterator[tuple[str, Row]]:
