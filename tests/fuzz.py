@@ -50,7 +50,7 @@ def draw_case(seed: int) -> Case:
     rng = np.random.default_rng(seed)
     length = int(rng.integers(1, 5))
     arrays = int(rng.integers(1, 4))
-    names = [str(name) for name in rng.choice(list(OPERATIONS), rng.integers(2, 5))]
+    names = [str(name) for name in rng.choice(list(OPERATIONS), rng.integers(2, 4))]
     steps = [(name, int(rng.integers(arrays))) for name in names]
     others = {name for name in OTHERS if _chance(rng, 0.25)}
     has_aux, per_block, is_one = _chance(rng, 0.3), _chance(rng, 0.4), _chance(rng, 0.3)
