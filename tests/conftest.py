@@ -1,6 +1,7 @@
 """Strictness for every test: silent rank promotion is an error (and warnings are, see pyproject.toml)."""
 
 import os
+from pathlib import Path
 
 # Programs here are tiny and run once: compiling them is what takes the time. This halves it, and changes neither the
 # order of operations nor what the compiler allocates.
@@ -19,6 +20,21 @@ import pytest
 from jaxckpt import targets
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+# The knobs, the policies, what a jaxpr says, values and gradients of every front end and engine.
+QUICK = """policies analysis engine/test_layout.py engine/test_scan.py engine/test_schedule.py cli/test_main.py
+cli/test_policies.py test_blocks.py test_conventions.py test_gradients.py test_metadata.py test_params.py test_progress.py
+test_setting.py test_start.py""".split()
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+def pytest_collection_modifyitems(items):
+    folder = Path(__file__).parent
+    for item in items:
+        inside = item.path.is_relative_to(folder) and {item.path, *item.path.parents}
+        if inside and any(folder / name in inside for name in QUICK) and not item.get_closest_marker("full"):
+            item.add_marker("quick")
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import pytest
 from jaxckpt import policies
 from jaxckpt.policies import registry
 from jaxckpt.policies.builtin import builtins
+from tests.conftest import QUICK
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -70,3 +71,8 @@ def test_benchmarks_that_readers_run_leave_what_is_committed_alone():
         for line in path.read_text().splitlines():
             if command := re.search(r"python benchmarks/\w+\.py[^`]*", line):
                 assert " --out mine/results" in command[0], f"{path.name}: {command[0]}"
+
+
+def test_the_quick_subset_is_told_and_there():
+    assert "`python -m pytest -m quick`" in README
+    assert [name for name in QUICK if not (ROOT / "tests" / name).exists()] == []
