@@ -1,11 +1,13 @@
 """What `on_gpu.py` has compiled, packed into a few files beside its results: a call on another machine has it too."""
 
 import gzip
+import shutil
 import tarfile
+import tempfile
 from pathlib import Path
 
 _LIVE = Path("cache") / "live"
-_PARTS = 5
+_PARTS = 3  # what a machine that is lent takes and gives back is bounded
 _PART_BYTES = 15 * 2**20
 _OF_ENTRY = 1024  # what an archive says of a file, compressed, and more
 
@@ -28,16 +30,19 @@ def unpack(out: Path) -> None:
     if (out / _LIVE).exists():
         return
     for part in sorted(out.glob("cache-*.tar.gz")):
-        with tarfile.open(part) as archive:
-            archive.extractall(out / _LIVE, filter="data")
+        with tempfile.TemporaryDirectory(dir=out) as new:
+            try:
+                with tarfile.open(part) as archive:
+                    archive.extractall(new, filter="data")
+            except (OSError, EOFError, tarfile.TarError):
+                continue  # cut off; what it holds is compiled again
+            shutil.copytree(new, out / _LIVE, dirs_exist_ok=True)
 
 
 def pack(out: Path) -> int:
-    """Packs the cache into at most five files of 15 MiB, small files first; the number of files that had no room."""
+    """Packs the cache into at most three files of 15 MiB, small files first; the number of files that had no room."""
     live = out / _LIVE
     files = sorted((f for f in live.rglob("*") if f.is_file()), key=lambda f: (f.stat().st_size, str(f)))
-    for old in out.glob("cache-*.tar.gz"):
-        old.unlink()
     parts: list[list[Path]] = [[] for _ in range(_PARTS)]
     sizes = [0] * _PARTS
     left = 0
@@ -50,7 +55,11 @@ def pack(out: Path) -> int:
         parts[room].append(file)
         sizes[room] += size
     for i, part in enumerate(filter(None, parts)):
-        with tarfile.open(out / f"cache-{i}.tar.gz", "w:gz", compresslevel=1) as archive:
+        new = out / "cache.new"
+        with tarfile.open(new, "w:gz", compresslevel=1) as archive:
             for file in part:
                 archive.add(file, file.relative_to(live))
+        new.replace(out / f"cache-{i}.tar.gz")
+    for i in range(sum(map(bool, parts)), _PARTS):
+        (out / f"cache-{i}.tar.gz").unlink(missing_ok=True)
     return left

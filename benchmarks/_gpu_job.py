@@ -6,7 +6,7 @@ from typing import Any
 
 Row = dict[str, Any]
 OUT_OF_TIME: Row = {"left": "for the next call"}  # in place of what was found
-_MARK = "row "
+_MARK, _BEGINS = "row ", "begins "
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +47,16 @@ def line_of(setting: str, row: Row) -> str:
     return _MARK + json.dumps({"setting": setting, **row})
 
 
+def begins(*settings: str) -> None:
+    """Says what is being measured now: where the process dies, these are to blame, and the others are asked for again."""
+    print(f"{_BEGINS}{json.dumps(settings)}", flush=True)
+
+
+def begun(line: str) -> list[str] | None:
+    """The settings that a printed line says are begun, if it says so."""
+    return json.loads(line.removeprefix(_BEGINS)) if line.startswith(_BEGINS) and line.endswith("\n") else None
+
+
 def row_of(line: str) -> Row | None:
-    """The row that a printed line holds, if it holds one."""
-    return json.loads(line.removeprefix(_MARK)) if line.startswith(_MARK) else None
+    """The row that a printed line holds, if it holds one and was not cut off."""
+    return json.loads(line.removeprefix(_MARK)) if line.startswith(_MARK) and line.endswith("\n") else None

@@ -24,7 +24,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "cheap": {"policy": "cheap"},
 }
 REFERENCE = "per block"
-RACE = (REFERENCE, BY_HAND, "stages", "snapshots 5", "offload", "no checkpointing", "cheap", PLAN, "snapshots 9")
+RACE = (REFERENCE, BY_HAND, "chunks", "stages", "snapshots 5", "offload", "no checkpointing", "cheap", PLAN, "snapshots 9")
 PEAKS = (REFERENCE, "chunks", "stages", "snapshots 5", "offload")
 TORCH = {  # blocks per checkpoint, and whether through torch.compile
     "eager, K=1": (1, False),
@@ -44,6 +44,7 @@ OFFLOADS: dict[str, dict[str, Any]] = {
     "values beside kept ones": {"policy": "dots_no_batch+offload:context"},
     "MaxText's qkv_proj_offloaded": {"policy": "qkv_proj_offloaded"},
 }
+_MOST_TOKENS = 4096
 CROP_STEP = 64  # tokens: what the search for the largest crop tells apart
 _ENGINES = ("reversal", "scan")
 
@@ -134,9 +135,11 @@ def next_crop(tried: Mapping[int, bool], guess: int) -> int | None:
 
 
 def crop_guess(setting: str, beforehand: Mapping[str, Any], memory_bytes: float | None) -> int:
-    """Where the peaks that were compiled for 384 and 768 tokens, `a n^2 + b n^3`, reach the memory; 512 where none were."""
-    sizes = [beforehand.get(f"compile/pairformer-{n}/{setting}", {}).get("predicted_bytes") for n in (384, 768)]
-    if memory_bytes is None or None in sizes:
+    """Where temporaries as compiled for 384 and 768 tokens, `a n^2 + b n^3`, reach the memory; 512 where none were."""
+    rows = [beforehand.get(f"compile/pairformer-{n}/{setting}", {}) for n in (384, 768)]
+    if memory_bytes is None or not all("temp_bytes" in row for row in rows):
         return 8 * CROP_STEP
-    a, b = np.linalg.solve([[n**2, n**3] for n in (384, 768)], sizes)
-    return max(n for n in range(CROP_STEP, 8192, CROP_STEP) if a * n**2 + b * n**3 <= memory_bytes)
+    a, b = np.linalg.solve([[n**2, n**3] for n in (384, 768)], [row["temp_bytes"] for row in rows])
+    left = memory_bytes - (rows[0]["predicted_bytes"] - rows[0]["temp_bytes"])  # beside parameters and their gradients
+    fits = [n for n in range(CROP_STEP, _MOST_TOKENS, CROP_STEP) if a * n**2 + b * n**3 <= left]
+    return max(fits, default=CROP_STEP)

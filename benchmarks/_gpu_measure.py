@@ -1,22 +1,24 @@
 """What `on_gpu.py` measures of one program: bytes, gradients, rates, whether a crop trains. Races: `_gpu_race.py`."""
 
+import contextlib
 import functools
 import hashlib
 import json
 import statistics
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from _gpu_job import Job, Row
+from _gpu_job import Job, Row, begins
 from _gpu_list import CROPS, OFFLOADS, PLAN
 from _gpu_programs import knobs_of, small_in_float64, stack_named, step_of
 from _race import in_a_line
 from _results import environment
-from _systems import Stack, as_tuple, largest, loop, loss_and_gradients, our_stack, values
+from _systems import Stack, largest, loop, loss_and_gradients, our_stack, values
 
 import jaxckpt
 from jaxckpt import checkpoint_scan, explain, measure, targets
@@ -29,9 +31,14 @@ _OF_BACKWARD = 2.0
 # --- about the machine ----------------------------------------------------------------------------------------------------
 
 
-def about(_: Job) -> Iterator[tuple[str, Row]]:
+def about(job: Job) -> Iterator[tuple[str, Row]]:
     device = jax.devices()[0]
     found = environment()
+    if job.target:
+        described = targets.get(job.target)
+        _ = described.devices  # raises what is wrong with it
+        found["memory_bytes"] = described.memory_bytes
+    found["versions"]["jaxckpt"] = jaxckpt.__version__
     limit = (device.memory_stats() or {}).get("bytes_limit")
     yield "about", {**found, "platform": device.platform, "target": targets.name_of(device.device_kind), "limit": limit}
 
@@ -67,10 +74,11 @@ def _link(dry: bool) -> Row:
     on_device, on_host = (jax.block_until_ready(jax.device_put(x, place)) for place in (here, host))
 
     def bandwidth(value: Any, place: Any) -> float:
+        move = jax.jit(lambda x: x, out_shardings=place)  # a program's own copy, as offloading makes it
         seconds = []
         for _ in range(6):
             begin = time.perf_counter()
-            jax.block_until_ready(jax.device_put(value, place))
+            jax.block_until_ready(move(value))
             seconds.append(time.perf_counter() - begin)
         return value.nbytes / statistics.median(seconds[1:])
 
@@ -136,10 +144,8 @@ def planned(job: Job, stack: Stack) -> Row:
     if whole is None:
         whole = measure(step_of("no checkpointing", stack), *stack.arguments(), target=where).peak_bytes
     budget = int(min(whole / 2, 0.95 * (where.memory_bytes or whole)))
-    run = checkpoint_scan(stack.apply, plan="auto")
-    step = functools.partial(loss_and_gradients, lambda params, carry, shared: as_tuple(run(params, *carry, **shared)))
     begin = time.monotonic()
-    found = jaxckpt.plan(step, *stack.arguments(), budget=budget, target=where, progress=False)
+    found = jaxckpt.plan(step_of(PLAN, stack, "auto"), *stack.arguments(), budget=budget, target=where, progress=False)
     return {
         "plan": found.to_json(),
         "plan_text": found.chosen.setting,
@@ -160,7 +166,7 @@ def written(job: Job, plan: Row) -> Path:
 
 def model_seconds(stack: Stack, setting: str, target: str) -> float | None:
     """What the time model says of a step: three forward passes, what is run again, and what goes to the host and back."""
-    run = checkpoint_scan(stack.apply, **_capped(knobs_of(setting, stack), stack))
+    run = checkpoint_scan(stack.apply, **knobs_of(setting, stack))
     params, carry, shared = stack.arguments()
     found = explain(run, params, *carry, target=target, **shared)
     if not found.forward_seconds or found.forward_runs is None:
@@ -169,25 +175,21 @@ def model_seconds(stack: Stack, setting: str, target: str) -> float | None:
     return found.length * found.forward_seconds * (found.forward_runs + _OF_BACKWARD) + host
 
 
-def _capped(knobs: dict[str, Any], stack: Stack) -> dict[str, Any]:
-    """The same for a stack of fewer blocks than snapshots."""
-    return {**knobs, "snapshots": min(knobs["snapshots"], stack.length)} if "snapshots" in knobs else knobs
-
-
 # --- (a) peaks ------------------------------------------------------------------------------------------------------------
 
 
 def peak(job: Job) -> Iterator[tuple[str, Row]]:
     """The peak that is compiled for the GPU by its name, and the allocator's in three steps of this process alone."""
     stack, (setting,) = stack_named(job.workload, job.dry), job.settings
-    step, arguments = step_of(setting, stack), _values_leaf_by_leaf(stack)
-    before = _peak_in_use()
-    traced = jax.jit(step).trace(*arguments)
+    step, arguments = step_of(setting, stack), _made_on_host(stack)
+    # From shapes, as in a race, so that both are one program of the compile cache.
+    traced = jax.jit(step).trace(*stack.arguments())
     known = job.known(job.workload, setting)
-    row: Row = {"title": stack.title, "digest": digest_of(traced), "bytes_before_the_step": before}
+    row: Row = {"title": stack.title, "digest": digest_of(traced)}
     begin = time.perf_counter()
     compiled = traced.lower().compile()
     row |= {"compile_seconds": time.perf_counter() - begin, **peak_of(compiled)}
+    row["bytes_before_the_step"] = _peak_in_use()  # what XLA tried while it tuned the program is in it
     for _ in range(3):
         out = jax.block_until_ready(compiled(*arguments))
         del out
@@ -195,9 +197,28 @@ def peak(job: Job) -> Iterator[tuple[str, Row]]:
     if known.get("digest") == row["digest"]:
         row |= {"predicted_bytes": known["predicted_bytes"], "predicted": "beforehand"}
     else:
-        predicted = measure(step, *stack.arguments(), target=job.target).peak_bytes
-        row |= {"predicted_bytes": predicted, "predicted": "on this machine"}
+        row |= {"predicted_bytes": _predicted(step, stack, job.target), "predicted": "on this machine"}
     yield setting, row
+
+
+def _predicted(step: Any, stack: Stack, target: str) -> int | None:
+    """None where the compiler fails: what was measured must not be lost with it."""
+    with _without_cache():
+        try:
+            return measure(step, *stack.arguments(), target=target).peak_bytes
+        except Exception:
+            traceback.print_exc()
+            return None
+
+
+@contextlib.contextmanager
+def _without_cache() -> Iterator[None]:
+    """What is compiled for a GPU that is only described cannot be read back, and would take room."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)
 
 
 def too_large(size: int, limit: int) -> str:
@@ -209,10 +230,15 @@ def _peak_in_use() -> int | None:
     return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
-def _values_leaf_by_leaf(stack: Stack) -> Any:
-    """Random arguments, made on the host so that making them does not raise the device's peak."""
+def made(stack: Stack) -> Any:
+    """Random arguments on the default device, by one program."""
+    return jax.block_until_ready(jax.jit(functools.partial(values, stack))())
+
+
+def _made_on_host(stack: Stack) -> Any:
+    """The same, made on the host so that making them does not raise the device's peak."""
     with jax.default_device(jax.devices("cpu")[0]):
-        on_host = jax.block_until_ready(values(stack))
+        on_host = made(stack)
     return jax.block_until_ready(jax.device_put(on_host, jax.devices()[0]))
 
 
@@ -223,7 +249,7 @@ def gradients(job: Job) -> Iterator[tuple[str, Row]]:
     """The largest difference from the plain loop's gradients, relative to their largest entry, in float64."""
     jax.config.update("jax_enable_x64", True)
     stack = small_in_float64()
-    arguments = values(stack)
+    arguments = made(stack)
 
     def run(forward: Any) -> Any:
         return jax.jit(functools.partial(loss_and_gradients, forward))(*arguments)
@@ -232,6 +258,7 @@ def gradients(job: Job) -> Iterator[tuple[str, Row]]:
     assert all(bool(jnp.any(leaf != 0)) for leaf in jax.tree.leaves(want)), "a gradient is zero, and proves nothing"
     for setting in job.settings:
         name, _, engine = setting.rpartition(", ")
+        begins(setting)
         try:
             got = run(our_stack(**OFFLOADS[name], engine=engine)(stack))
             errors = [largest(jax.tree.map(jnp.subtract, a, b)) / largest(b) for a, b in zip(got, want, strict=True)]
@@ -252,12 +279,14 @@ def crop(job: Job) -> Iterator[tuple[str, Row]]:
     try:
         traced = jax.jit(step_of(CROPS[name], stack)).trace(*stack.arguments())
         compiled = traced.lower().compile()
-        row: Row = {"tokens": int(tokens), "compile_seconds": time.perf_counter() - begin, **peak_of(compiled)}
+        row: Row = {"compile_seconds": time.perf_counter() - begin, **peak_of(compiled)}
         if job.limit_bytes and row["compiled_peak_bytes"] > job.limit_bytes:
             raise MemoryError(too_large(row["compiled_peak_bytes"], job.limit_bytes))
-        arguments = _values_leaf_by_leaf(stack)
+        arguments = _made_on_host(stack)
         begin = time.perf_counter()
         loss, _ = jax.block_until_ready(compiled(*arguments))
         yield setting, {**row, "trains": True, "seconds": time.perf_counter() - begin, "loss": float(loss)}
     except Exception as error:
-        yield setting, {"tokens": int(tokens), "trains": False, "why": in_a_line(error)}
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise  # which says nothing about memory
+        yield setting, {"trains": False, "why": in_a_line(error)}

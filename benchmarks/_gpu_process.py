@@ -45,12 +45,13 @@ def main() -> None:
     except Exception as error:
         traceback.print_exc()
         for setting in tuple(owed):
-            say(setting, {"error": NOT_INSTALLED if isinstance(error, ImportError) else in_a_line(error)})
+            is_missing = isinstance(error, ModuleNotFoundError) and error.name == "torch"
+            say(setting, {"error": NOT_INSTALLED if is_missing else in_a_line(error)})
 
 
 def _end_with_parent() -> None:
     sys.stdin.read()  # the parent holds the other end, and writes nothing more
-    os._exit(1)
+    os._exit(1)  # at once: an orphan would measure beside the next call
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from _gpu_list import CROPS, PLAN, Measurement, measurements
+from _gpu_list import CROPS, PLAN, REFERENCE, TORCH, Measurement, measurements, next_crop
 from _journal import read
 
 Row = dict[str, Any]
@@ -22,7 +22,7 @@ The largest difference from the plain loop's, relative to its largest entry, in 
 _RACES = """#### (c) Seconds of a step
 
 In turns; ratio to per-block remat of the same rounds, for torch, which has a process of its own, of the medians. Peak: as
-compiled, torch's its own. Model: the time model's seconds of the stack."""
+compiled, torch's its own. Model: the time model's seconds of the stack. Loss: what differs from per-block remat's, of it."""
 _CROPS = """#### (e) The largest crop that trains
 
 A Pairformer of 48 blocks: one step was made, or failed."""
@@ -34,9 +34,10 @@ _BEFOREHAND = """### Compiled for {target} beforehand, with JAX {jax}
 Nothing here was run. Seconds of compiling are of two cores; seconds of a step are the time model's. A call of nine minutes
 makes what stands under its number."""
 _CALL_SECONDS = 540
-_START_SECONDS = 6  # of a process, assumed
+_START_SECONDS = 10  # of a process and of making the values, assumed
 _STEPS = 10
-_ASSUMED = {"rates": 20.0, "torch": 100.0}  # seconds of what is not compiled beforehand
+_RATES_SECONDS = 20  # assumed
+_TORCH_SLOWER, _TORCH_COMPILES = 2, 30  # than the time model's per-block step, and seconds for a block; assumed
 _PROBES = 4  # crops of a search that begins where the compiled peaks say
 
 
@@ -46,7 +47,7 @@ def section(out: Path) -> str:
     said, compiled = read(out / "on_gpu_beforehand.jsonl")
     parts = [INTRODUCTION]
     if rows:
-        parts += [_place(about), *_results(rows)]
+        parts += [_place(about, rows), *_results(rows)]
     if not rows or about.get("dry_run"):
         parts.insert(1, WAITS)
     if compiled:
@@ -54,8 +55,10 @@ def section(out: Path) -> str:
     return "\n\n".join(parts)
 
 
-def _place(about: Row) -> str:
-    named = ", ".join(f"{name} {value}" for name, value in about.items() if name not in ("device", "dry_run") and value)
+def _place(about: Row, rows: dict[str, Row]) -> str:
+    named = [f"{name} {value}" for name, value in about.items() if name not in ("device", "dry_run") and value]
+    places = [f"{name} {row[name]}" for row in rows.values() for name in ("driver", "machine", "python") if row.get(name)]
+    named = ", ".join(dict.fromkeys([*named, *places]))
     return f"### {about['device']}{' (a dry run: sizes are small)' * about['dry_run']}\n\n{named}"
 
 
@@ -79,7 +82,12 @@ def _peak_cells(row: Row) -> list[str]:
     if "error" in row:
         return [_cell(row["error"]), "", ""]
     real, predicted = row["real_bytes"], row["predicted_bytes"]
-    return [_gib(predicted), *([_gib(real), f"{real / predicted:.3f}"] if real else ["not counted", ""])]
+    first = _gib(predicted) if predicted else "not compiled"
+    if real is None:
+        return [first, "not counted", ""]
+    if real <= row["bytes_before_the_step"]:  # XLA took more while it tuned the program
+        return [first, f"at most {_gib(real)}", ""]
+    return [first, _gib(real), f"{real / predicted:.3f}" if predicted else ""]
 
 
 def _gradients(rows: dict[str, Row]) -> Iterator[str]:
@@ -107,24 +115,25 @@ def _races(rows: dict[str, Row], torch: dict[str, Row]) -> Iterator[str]:
         by_workload.setdefault(workload, {})[setting] = row
     for workload, raced in by_workload.items():
         others = {f"torch, {setting}": row for (name, setting), row in _split(torch) if name == workload}
-        reference = raced.get("per block", {}).get("seconds")
+        reference = raced.get(REFERENCE, {})
         title = next((row["title"] for row in raced.values() if "title" in row), workload)
         yield f"{title}:"
         yield _table(
-            ("setting", "seconds", "ratio", "peak GiB", "model s", "compile s"),
+            ("setting", "seconds", "ratio", "peak GiB", "model s", "loss"),
             ([name, *_race_cells(row, reference)] for name, row in sorted({**raced, **others}.items(), key=_by_seconds)),
         )
         yield _of_time_model(raced)
 
 
-def _race_cells(row: Row, reference: float | None) -> list[str]:
+def _race_cells(row: Row, reference: Row) -> list[str]:
     if "error" in row:
         return [_cell(row["error"]), "", "", "", ""]
-    ratio = row.get("ratio") if "model_seconds" in row else reference and row["seconds"] / reference
+    ratio = row.get("ratio") or ("seconds" in reference and row["seconds"] / reference["seconds"])
     size = row.get("compiled_peak_bytes") or row.get("real_bytes")
-    numbers = [f"{row['seconds']:.4g}", f"{ratio:.2f}" if ratio else "", _gib(size) if size else ""]
+    cells = [f"{row['seconds']:.4g}", f"{ratio:.2f}" if ratio else "", _gib(size) if size else ""]
     model = row.get("model_seconds")
-    return [*numbers, f"{model:.3g}" if model else "", f"{row['compile_seconds']:.0f}"]
+    loss = f"{row['loss'] / reference['loss'] - 1:+.1e}" if "loss" in reference else ""
+    return [*cells, f"{model:.3g}" if model else "", loss]
 
 
 def _by_seconds(item: tuple[str, Row]) -> float:
@@ -155,11 +164,17 @@ def _crops(rows: dict[str, Row]) -> Iterator[str]:
     yield _CROPS
     lines = []
     for name in CROPS:
-        tried = {row["tokens"]: row for (_, setting), row in _split(rows) if setting.startswith(f"{name}/")}
-        most = max((tokens for tokens, row in tried.items() if row["trains"]), default=None)
-        failed = ", ".join(str(tokens) for tokens, row in sorted(tried.items()) if not row["trains"])
+        of_search = [
+            (int(setting.partition("/")[2]), row) for (_, setting), row in _split(rows) if setting.startswith(f"{name}/")
+        ]
+        tried = {tokens: row for tokens, row in of_search if "trains" in row}
+        failed = [f"{tokens}: {_cell(row['error'])}" for tokens, row in of_search if "error" in row]
+        trains = {tokens: row["trains"] for tokens, row in tried.items()}
+        most = max((tokens for tokens in tried if trains[tokens]), default=None)
+        said = "none yet" if most is None else f"{'at least ' * (next_crop(trains, most) is not None)}{most}"
         seconds = f"{tried[most]['seconds']:.3g}" if most else ""
-        lines.append([name, CROPS[name], str(most or "none yet"), seconds, failed])
+        beyond = ", ".join(str(tokens) for tokens in sorted(tried) if not trains[tokens])
+        lines.append([name, CROPS[name], said, seconds, "; ".join([beyond, *failed])])
     yield _table(("", "setting", "tokens", "seconds of its step", "did not train"), lines)
 
 
@@ -196,37 +211,40 @@ def _calibrated(found: Row, published: Row) -> Iterator[list[str]]:
 def _beforehand(about: Row, rows: dict[str, Row]) -> Iterator[str]:
     yield _BEFOREHAND.format(**about)
     lines = []
-    for measurement, seconds, call in schedule(rows):
+    planned = schedule(rows, about["memory_bytes"])
+    for measurement, seconds, call in planned:
         for i, setting in enumerate(measurement.settings):
             row = rows.get(f"compile/{measurement.workload}/{setting}", {})
-            cells = (
-                [_gib(row["predicted_bytes"]), f"{row['compile_seconds']:.0f}"]
-                if "predicted_bytes" in row
-                else [_cell(row.get("error", "")), ""]
-            )
+            cells = [_cell(row.get("error", "")), ""]
+            if size := row.get("predicted_bytes"):
+                cells = [_gib(size) + ", too large" * (size > about["memory_bytes"]), f"{row['compile_seconds']:.0f}"]
             model = row.get("model_seconds")
             first = [str(call), measurement.kind, measurement.workload, f"{seconds:.0f}"] if i == 0 else [""] * 4
             lines.append([*first, setting, *cells, f"{model:.3g}" if model else ""])
     yield _table(("call", "kind", "workload", "estimated s", "setting", "peak GiB", "compile s", "step s"), lines)
-    yield _calls(schedule(rows))
+    yield _calls(planned)
 
 
-def schedule(rows: dict[str, Row]) -> list[tuple[Measurement, float, int]]:
+def schedule(rows: dict[str, Row], memory_bytes: int) -> list[tuple[Measurement, float, int]]:
     """Each measurement in order with its estimated seconds, and the number of the call of nine minutes in which it begins.
 
-    An estimate: what is not compiled yet is compiled, and each program makes ten steps.
+    An estimate: what is not compiled yet is compiled, and each program makes ten steps, unless it is too large for the GPU.
     """
+    fitting = {key: row for key, row in rows.items() if row.get("predicted_bytes", 0) <= memory_bytes}
     found, compiled, total = [], set(), 0.0
     for m in measurements(False):
-        seconds = _START_SECONDS + sum(_seconds_of(m, setting, rows, compiled) for setting in m.settings)
+        seconds = _START_SECONDS + sum(_seconds_of(m, setting, fitting, compiled) for setting in m.settings)
         found.append((m, seconds, 1 + int(total // _CALL_SECONDS)))
         total += seconds
     return found
 
 
 def _seconds_of(m: Measurement, setting: str, rows: dict[str, Row], compiled: set[tuple[str, str]]) -> float:
-    if m.kind in _ASSUMED:
-        return _ASSUMED[m.kind] / len(m.settings)
+    if m.kind == "rates":
+        return _RATES_SECONDS / len(m.settings)
+    if m.kind == "torch":
+        step = rows.get(f"compile/{m.workload}/{REFERENCE}", {}).get("model_seconds") or 0.0
+        return _STEPS * _TORCH_SLOWER * step + _TORCH_COMPILES * TORCH[setting][1]
     if m.kind == "crop":
         row = rows.get(f"compile/pairformer-768/{CROPS[setting]}", {})
         return _PROBES * (_START_SECONDS + row.get("compile_seconds", 0.0) + _STEPS * (row.get("model_seconds") or 0.0))

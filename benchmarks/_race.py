@@ -11,16 +11,17 @@ NOT_INSTALLED = "not installed"
 
 @dataclasses.dataclass
 class Entry:
-    """A program in a race: `start` makes it ready, `step` runs one training step to its end and returns what it computed.
+    """A program in a race: `step` runs one training step to its end and returns what it computed.
 
     Fields:
+        start: makes it ready, where the race does not.
         row: what is known of it; an "error" there takes it out of the race.
         seconds: of its steps, one for each round.
     """
 
     system: str
     setting: str
-    start: Callable[["Entry"], None]
+    start: Callable[["Entry"], None] | None = None
     step: Callable[[], Any] | None = None
     row: dict[str, Any] = dataclasses.field(default_factory=dict)
     seconds: list[float] = dataclasses.field(default_factory=list)

@@ -153,7 +153,9 @@ def small(kind: str) -> Stack:
 
 def loss_and_gradients(forward: Forward, params: Any, carry: Carry, shared: dict[str, Any]) -> Any:
     def loss(params: Any) -> Any:
-        return sum(jnp.sum(leaf.astype(jnp.float32) ** 2) for leaf in forward(params, carry, shared))
+        return sum(
+            jnp.sum(leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) ** 2) for leaf in forward(params, carry, shared)
+        )
 
     return jax.value_and_grad(loss)(params)
 

@@ -112,7 +112,7 @@ def run_race(name: str, is_wanted: Callable[[Entry], bool], seconds: float, most
         if entry is not field[0] and time.monotonic() > begin + seconds * 2 / 3:
             entry.row["error"] = OUT_OF_TIME
         else:
-            attempt(entry, lambda entry=entry: entry.start(entry))
+            attempt(entry, lambda entry=entry: entry.start and entry.start(entry))
     for entry in [e for e in field if e.step]:
         attempt(entry, lambda entry=entry: timed(entry))
     for i in (bar := tqdm(rounds(field, most), total=most, unit="round", desc=name, dynamic_ncols=True)):

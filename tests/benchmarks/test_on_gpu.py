@@ -1,5 +1,6 @@
 """`benchmarks/on_gpu.py`: the dry run of everything, killed and started again, and the parts it is made of."""
 
+import argparse
 import importlib
 import json
 import os
@@ -93,6 +94,92 @@ def test_a_folder_from_elsewhere_is_refused(tmp_path):
     assert "device: NVIDIA H200 there, cpu here" in err and "--out" in err
 
 
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("--beforehand", "h20O"), "h20O"),
+        (("--minutes", "nan"), "no number of minutes"),
+        (("--minutes", "-1"), "no number of minutes"),
+    ],
+)
+def test_bad_options(tmp_path, args, said):
+    code, _, err = run("--out", str(tmp_path), *args)
+    assert code == 2 and said in err and "Traceback" not in err
+
+
+def test_out_that_is_a_file(tmp_path):
+    (tmp_path / "file").touch()
+    code, _, err = run("--out", str(tmp_path / "file"), "--dry-run")
+    assert code == 2 and "is a file: name a folder" in err
+
+
+class Call:
+    """`OnDevice` without a machine: a process says what `says` says of the settings that it is asked for."""
+
+    def __init__(self, monkeypatch, tmp_path, says):
+        on_gpu = module("on_gpu")
+        versions = {name: "1" for name in on_gpu._SAME_VERSIONS} | {"python": "3"}
+        found = {"device": "cpu", "platform": "cpu", "target": None, "machine": "m", "limit": None, "versions": versions}
+        self.asked = []
+
+        def run_process(job, out, end):
+            self.asked.append(job.settings)
+            yield from says(job)
+
+        def make():
+            call = on_gpu.OnDevice(argparse.Namespace(out=tmp_path, dry_run=True, minutes=1))
+            self.asked.clear()
+            return call
+
+        monkeypatch.setattr(on_gpu, "_about", lambda *_: found)
+        monkeypatch.setattr(on_gpu, "run_process", run_process)
+        monkeypatch.setattr(on_gpu, "measurements", lambda dry: [self.measurement])
+        self.measurement = module("_gpu_list").Measurement("gradients", "small", ("a", "b", "c"))
+        self.make = make
+
+
+def test_a_process_that_dies_takes_one_row_with_it_which_the_next_call_tries_once_more(tmp_path, monkeypatch):
+    def says(job):
+        for setting in job.settings:
+            yield [setting]
+            if setting == "b":
+                return  # died
+            yield {"setting": setting}
+
+    fake = Call(monkeypatch, tmp_path, says)
+    call = fake.make()
+    call.run()
+    assert fake.asked == [("a", "b", "c"), ("c",)]
+    assert "without a result" in call.journal.rows["gradients/small/b"]["error"]
+    assert keys_in(tmp_path / "on_gpu.jsonl") == [f"gradients/small/{s}" for s in "abc"]
+    fake.make().run()
+    assert fake.asked == [("b",)]
+    fake.make().run()
+    assert fake.asked == []
+
+
+def test_what_no_time_is_left_for_is_the_next_calls(tmp_path, monkeypatch):
+    def says(job):
+        yield from (
+            {"setting": setting, **({"left": "for the next call"} if setting == "c" else {})} for setting in job.settings
+        )
+
+    fake = Call(monkeypatch, tmp_path, says)
+    fake.make().run()
+    assert fake.asked == [("a", "b", "c")]
+    assert set(keys_in(tmp_path / "on_gpu.jsonl")) == {"gradients/small/a", "gradients/small/b"}
+    fake.make().run()
+    assert fake.asked == [("c",)]
+
+
+def test_a_crop_that_fails_for_another_reason_says_nothing_of_memory(tmp_path, monkeypatch):
+    fake = Call(monkeypatch, tmp_path, lambda job: [{"setting": job.settings[0], "error": "XlaRuntimeError: INTERNAL"}])
+    fake.measurement = module("_gpu_list").Measurement("crop", "pairformer", ("ours",))
+    fake.make().run()
+    assert fake.asked == [("ours/512",)]
+    assert "512: XlaRuntimeError" in module("_gpu_report").section(tmp_path)
+
+
 def test_two_calls_do_not_share_a_folder(tmp_path):
     import fcntl
 
@@ -111,7 +198,7 @@ def test_without_results_the_section_waits(tmp_path):
 
 def test_a_package_that_is_missing_is_a_row(tmp_path, monkeypatch):
     on_gpu, job = module("on_gpu"), module("_gpu_job")
-    (tmp_path / "torch.py").write_text("raise ImportError('no torch here')\n")
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(name='torch')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     asked = job.Job("torch", "transformer", ("eager, K=1",), True, "cpu", time.time() + 60, str(tmp_path), {})
     assert list(on_gpu.run_process(asked, tmp_path, time.time() + 60)) == [
@@ -141,8 +228,14 @@ def test_no_crop_trains():
 
 def test_guess_of_a_crop_follows_the_compiled_peaks():
     programs = module("_gpu_list")
-    rows = {f"compile/pairformer-{n}/stages": {"predicted_bytes": 3 * n**2 + 5 * n**3} for n in (384, 768)}
-    assert programs.crop_guess("stages", rows, 3 * 1024**2 + 5 * 1024**3) in (960, 1024)
+    temporaries = {n: 3 * n**2 + 5 * n**3 for n in (384, 768, 1024)}
+    rows = {
+        f"compile/pairformer-{n}/stages": {"predicted_bytes": temporaries[n] + 10**9, "temp_bytes": temporaries[n]}
+        for n in (384, 768)
+    }
+    assert programs.crop_guess("stages", rows, temporaries[1024] + 10**9 + 1) == 1024
+    assert programs.crop_guess("stages", rows, temporaries[1024]) < 1024
+    assert programs.crop_guess("stages", rows, 5) == programs.CROP_STEP
     assert programs.crop_guess("stages", {}, 1e9) == programs.crop_guess("stages", rows, None) == 512
 
 
@@ -154,10 +247,11 @@ def test_packed_cache_is_unpacked_elsewhere(tmp_path):
     for i in range(5):
         (live / f"program-{i}").write_bytes(os.urandom(4 * 2**20))
     (live / "too-large").write_bytes(os.urandom(17 * 2**20))
-    assert cache.pack(here) == 1
+    assert cache.pack(here) == cache.pack(here) == 1
     parts = list(here.glob("cache-*.tar.gz"))
     assert len(parts) == 2 and all(part.stat().st_size < 16 * 2**20 for part in parts)
     there.mkdir()
+    (there / "cache-9.tar.gz").write_bytes(parts[0].read_bytes()[:1000])  # cut off: what it holds is compiled again
     for part in parts:
         part.rename(there / part.name)
     cache.unpack(there)
@@ -172,8 +266,10 @@ def test_schedule_counts_a_program_once():
         f"compile/{workload}/{setting}": {"compile_seconds": 30.0, "model_seconds": 1.0, "predicted_bytes": 2**30}
         for workload, setting in module("_gpu_list").programs()
     }
-    found = report.schedule(rows)
+    found = report.schedule(rows, memory_bytes=2**31)
     assert [call for *_, call in found] == sorted(call for *_, call in found)
     of_race = next(seconds for m, seconds, _ in found if (m.kind, m.workload) == ("race", "pairformer-384"))
-    # Five of its nine programs were compiled for their peaks.
-    assert of_race == pytest.approx(6 + 9 * 10 + 5 * 30)
+    # Five of its ten programs were compiled for their peaks.
+    assert of_race == pytest.approx(10 + 10 * 10 + 5 * 30)
+    too_large = report.schedule(rows, memory_bytes=2**29)
+    assert next(seconds for m, seconds, _ in too_large if (m.kind, m.workload) == ("race", "pairformer-384")) == 10
