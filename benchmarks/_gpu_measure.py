@@ -22,6 +22,7 @@ from _systems import Stack, largest, loop, loss_and_gradients, our_stack, values
 
 import jaxckpt
 from jaxckpt import checkpoint_scan, explain, measure, targets
+from jaxckpt._sizes import size_text
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.memory.calibrate import calibrate, rates_of
 
@@ -222,7 +223,7 @@ def _without_cache() -> Iterator[None]:
 
 
 def too_large(size: int, limit: int) -> str:
-    return f"not run: needs {size / 2**30:.1f} GiB of {limit / 2**30:.1f}"
+    return f"not run: needs {size_text(size)} of {size_text(limit)}"
 
 
 def _peak_in_use() -> int | None:

@@ -25,9 +25,18 @@ class TorchStep:
         arguments: the stacked parameters, the carry and what is shared; copied to the device.
         is_compiled: through `torch.compile`, block by block, so that what one compiles serves all.
         device: "cpu" or "cuda".
+        backend: of `torch.compile`.
     """
 
-    def __init__(self, stack: Stack, arguments: Any, blocks_per_ckpt: int | None, is_compiled: bool, device: str = "cpu"):
+    def __init__(
+        self,
+        stack: Stack,
+        arguments: Any,
+        blocks_per_ckpt: int | None,
+        is_compiled: bool,
+        device: str = "cpu",
+        backend: str = "inductor",
+    ):
         params, carry, shared = arguments
         kind = type(stack.block).__name__
         self.device = device
@@ -39,7 +48,7 @@ class TorchStep:
         self.module.to(self.device).eval()
         if is_compiled:
             for block in self.module.blocks:
-                block.compile()
+                block.compile(backend=backend)
         self.carry = [self._tensor(x) for x in carry]
         self.shared = {name: self._tensor(x) for name, x in shared.items()}
         is_half = carry[0].dtype != np.float32
