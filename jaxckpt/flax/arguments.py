@@ -4,6 +4,7 @@ A block is traced with copies of its arguments. Where it changes one in place, a
 change would end with the trace, without a word.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -41,31 +42,46 @@ def run_and_write_back(
     advanced: list[int] = []
 
     def noting(x, carry, shared):
-        own, per_block, carried = _slots(x[watched]), _slots(x[-1:]), _slots(carry)
+        own, per_block, carried = _of_block(x[watched]), _of_block(x[-1:]), _of_carry(carry, names)
         before = _values(own), _values(carried)
         returned, extra = block(x, carry, shared)
         changed = _changed(own, before[0])
-        _check_nothing_else(own, _slots(x[watched]), per_block, _slots(x[-1:]), names)
+        _check_nothing_else(own, _of_block(x[watched]), per_block, _of_block(x[-1:]), names)
         out = returned[0] if setting.has_aux and isinstance(returned, tuple) and returned else returned
         advanced[:] = _changed(carried, before[1])
-        _check_returned([carried[i] for i in advanced], carried, _slots(_as_tuple(out, carry)), names)
+        _check_returned([carried[i] for i in advanced], carried, _of_carry(_as_tuple(out, carry), names), names)
         return returned, (extra, {str(i): own[i][1].get_value() for i in changed})
 
     out = run_stack(noting, setting, length, xs, carry, shared, names, initializes)
     extra, changed = out.extra
-    _write(_slots(xs[watched]), {int(i): value for i, value in changed.items()}, names)
-    last = _slots(_as_tuple(out.carry, carry))
-    _write(_slots(carry), {i: last[i][1].get_value() for i in advanced}, names)
+    own, carried, last = _of_block(xs[watched]), _of_carry(carry, names), _of_carry(_as_tuple(out.carry, carry), names)
+    new = [(*own[int(i)], value) for i, value in changed.items()]
+    new += [(*carried[i], last[i][1].get_value()) for i in advanced]
+    _check_given_once(new, [*own, *carried, *_slots(shared, jax.tree_util.keystr)], names)
+    for _, variable, value in new:
+        variable.set_value(value)
     return out._replace(extra=extra)
 
 
-def _as_tuple(out: Any, carry: tuple) -> Any:
-    return out if len(carry) > 1 else (out,)
+def _as_tuple(out: Any, carry: tuple) -> tuple:
+    if len(carry) == 1:
+        return (out,)
+    return out if type(out) is tuple else ()  # which is no carry
 
 
-def _slots(tree: Any) -> Slots:
+def _of_block(xs: tuple) -> Slots:
+    """The slots of per-block arguments, the last of `xs`, and of parameters that stand before them."""
+    last = len(xs) - 1
+    return _slots(xs, lambda path: ("" if path[0].idx == last else "the parameters") + jax.tree_util.keystr(path[1:]))
+
+
+def _of_carry(carry: tuple, names: Names) -> Slots:
+    return _slots(carry, lambda path: names.leaf(path[0].idx, path[1:]))
+
+
+def _slots(tree: Any, name: Callable[[Any], str]) -> Slots:
     found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
-    return [(jax.tree_util.keystr(path[1:]), slot) for path, slot in found]
+    return [(name(path), slot) for path, slot in found]
 
 
 def _values(slots: Slots) -> list[list[Any]]:
@@ -102,12 +118,10 @@ def _different(before: Slots, after: Slots) -> list[str]:
     return [path for path in a | b if a.get(path) is not b.get(path)]
 
 
-def _write(slots: Slots, values: dict[int, Any], names: Names) -> None:
-    for i, value in values.items():
-        path, variable = slots[i]
-        if twice := [other for other, slot in slots if slot is variable and other != path]:
+def _check_given_once(changed: Sequence[tuple[str, Any, Any]], given: Slots, names: Names) -> None:
+    for path, variable, _ in changed:
+        if twice := [other for other, slot in given if slot is variable and other != path]:
             raise ValueError(
                 f"{names.block} changes its argument at {path}, which it is given a second time, at {twice[0]}, and blocks "
                 "are given copies. Pass it once"
             )
-        variable.set_value(value)

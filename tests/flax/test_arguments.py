@@ -108,6 +108,19 @@ def test_steps_draw_what_the_loop_draws(x64, setting):
     np.testing.assert_array_equal(streams.dropout.count, [own[i].dropout.count[...] for i in range(N)])
 
 
+@pytest.mark.parametrize("changed", [0, 1])
+def test_two_caches_as_carry_are_told_apart(changed):
+    def block(w, x, *caches):
+        caches[changed][...] = caches[changed] + x
+        return x * w, *caches
+
+    caches = nnx.Cache(jnp.zeros(D)), nnx.Cache(jnp.zeros(D))
+    _, *returned = checkpoint_scan(block)(jnp.ones((N, D)), jnp.ones(D), *caches)
+    for got in (caches, returned):
+        np.testing.assert_array_equal(got[changed], np.full(D, N))
+        np.testing.assert_array_equal(got[1 - changed], np.zeros(D))
+
+
 @settings
 def test_a_stream_as_carry_advances_through_the_blocks(setting):
     def block(w, x, rngs):
@@ -199,6 +212,39 @@ def test_one_stream_in_two_arguments_is_refused():
     streams = nnx.Rngs(dropout=0).split(N)
     with pytest.raises(ValueError, match=r"is given a second time, at \['b'\].*Pass it once"):
         checkpoint_scan(block, per_block=("a", "b"))(jnp.ones((N, 1, D)), x, a=streams, b=streams)
+
+
+def test_a_changed_cache_that_is_given_twice_is_refused_wherever_it_is_given():
+    """In the loop both are one object; copies would lose the changes of one, without a word."""
+
+    def block(w, x, cache, *others, **more):
+        cache[...] = cache + x
+        return x * w, cache, *others
+
+    def per_block(w, x, *carried, cache):
+        cache[...] = cache + x
+        x = x * jax.tree.leaves(w)[0]
+        return (x, *carried) if carried else x
+
+    w, cache, caches = jnp.ones((N, D)), nnx.Cache(jnp.zeros(D)), nnx.Cache(jnp.zeros((N, D)))
+    with pytest.raises(ValueError, match=r"changes its argument at cache, which .* a second time, at carry 2.*Pass it once"):
+        checkpoint_scan(block)(w, x[0], cache, cache)
+    with pytest.raises(ValueError, match=r"changes its argument at cache, which .* a second time, at \['more'\]"):
+        checkpoint_scan(block)(w, x[0], cache, more=cache)
+    with pytest.raises(ValueError, match=r"changes its argument at \['cache'\], which .* at the parameters\['cache'\]"):
+        checkpoint_scan(per_block, per_block=("cache",))({"cache": caches}, x[0], cache=caches)
+    with pytest.raises(ValueError, match=r"changes its argument at \['cache'\], which .* a second time, at carry 1"):
+        checkpoint_scan(per_block, per_block=("cache",))(w, x[0], caches, cache=caches)
+    assert not cache[...].any() and not caches[...].any()
+
+
+def test_a_changed_cache_that_is_returned_in_another_place_is_refused():
+    def block(w, x, a, b):
+        a[...] = a + x
+        return x * w, b, a
+
+    with pytest.raises(ValueError, match=r"changes its carry in place, at a, and returns something else there"):
+        checkpoint_scan(block)(jnp.ones((N, D)), x[0], nnx.Cache(jnp.zeros(D)), nnx.Cache(jnp.zeros(D)))
 
 
 def test_a_shared_stream_is_refused_with_what_works():
