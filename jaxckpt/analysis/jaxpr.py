@@ -227,7 +227,12 @@ def same_program(a: Any, b: Any) -> bool:
     given, other = _constants(a), _constants(b)
     if text(a) != text(b) or len(given) != len(other):
         return False
-    return all(x is y or np.array_equal(np.asarray(x), np.asarray(y)) for x, y in zip(given, other, strict=True))
+    return all(x is y or np.array_equal(_numbers(x), _numbers(y)) for x, y in zip(given, other, strict=True))
+
+
+def _numbers(value: Any) -> np.ndarray:
+    is_key = jnp.issubdtype(jnp.result_type(value), jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(value) if is_key else value)
 
 
 def _constants(closed: Any) -> list[Any]:

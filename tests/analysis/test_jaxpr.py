@@ -265,6 +265,7 @@ def test_slice_types_of_keys():
     assert one.shape == () and jnp.issubdtype(one.dtype, jax.dtypes.prng_key)
 
 
+KEY, SAME_KEY, OTHER_KEY = jax.random.key(0), jax.random.key(0), jax.random.key(1)
 TABLE, SAME_TABLE, OTHER_TABLE = np.arange(3.0, dtype=np.float32), np.arange(3.0, dtype=np.float32), np.ones(3, np.float32)
 
 
@@ -280,6 +281,8 @@ def doubled(x):
         (doubled, lambda y: y + y, False),
         (lambda x: x * TABLE, lambda x: x * SAME_TABLE, True),
         (lambda x: x * TABLE, lambda x: x * OTHER_TABLE, False),
+        (lambda x: x * jax.random.uniform(KEY), lambda x: x * jax.random.uniform(SAME_KEY), True),
+        (lambda x: x * jax.random.uniform(KEY), lambda x: x * jax.random.uniform(OTHER_KEY), False),
         (lambda x: jax.pure_callback(named_callback, x, x), lambda x: jax.pure_callback(named_callback, x, x), True),
         (lambda x: clipped(x), lambda x: clipped(x), True),
     ],
