@@ -95,7 +95,8 @@ def _changed(slots: Slots, before: list[list[Any]]) -> list[int]:
 
 def _check_nothing_else(own: Slots, own_after: Slots, per_block: Slots, after: Slots, names: Names) -> None:
     new = [path for path in _different(own, own_after) if isinstance(dict(own_after).get(path), nnx.Variable)]
-    if found := new or _different(per_block, after):
+    left = dict(after)  # what a block takes out of its own copy of a dictionary is no loss
+    if found := new or [path for path in _different(per_block, after) if path in left]:
         raise ValueError(
             f"{names.block} changes its own arguments in place, at {', '.join(found)}: they are one block's slice of what "
             "was given, and the change would be lost. Return it (has_aux=True stacks it per block), carry it, or hold it "

@@ -185,6 +185,14 @@ def test_a_block_may_change_the_dictionary_of_its_parameters():
     assert got.dtype == x.dtype
 
 
+def test_a_block_may_take_values_out_of_a_dictionary_of_its_own():
+    def block(w, x, *, cache):
+        return x * w + cache.pop("last")
+
+    got = checkpoint_scan(block, per_block=("cache",))(jnp.ones((N, D)), x[0], cache={"last": jnp.ones((N, D))})
+    np.testing.assert_array_equal(got, np.full(D, 1.0 + N))
+
+
 def test_a_variable_that_a_block_makes_in_an_argument_is_refused():
     def block(w, x, *, layer):
         layer.last = nnx.Cache(x)
