@@ -19,7 +19,7 @@ from jaxckpt.engine import refs
 from jaxckpt.engine.choice import with_choice
 from jaxckpt.engine.offload import guard_offload, loop_that_offloads
 from jaxckpt.flax.linen import bound_module
-from jaxckpt.flax.objects import Objects, update_variables, written_apart
+from jaxckpt.flax.objects import Objects, update_static, update_variables, written_apart
 from jaxckpt.policies.grammar import JaxPolicy, everything, nothing
 
 
@@ -139,7 +139,7 @@ def _checkpoint(
             changed = copies.changed()
             leaves, tree = jax.tree.flatten((copies.marked(results), list(changed.values())))
             kept, rebuild = _split(leaves)
-            out.update(paths=list(changed), tree=tree, rebuild=rebuild)
+            out.update(paths=list(changed), tree=tree, rebuild=rebuild, static=copies.changed_static())
             return kept
 
         closed = jx.trace(on_arrays, objects.arrays)
@@ -154,6 +154,7 @@ def _checkpoint(
         )
         results, variables = jax.tree.unflatten(out["tree"], out["rebuild"](guarded.mark(kept)))
         update_variables(objects.originals, dict(zip(out["paths"], variables, strict=True)))
+        update_static(objects.originals, out["static"])
         return objects.returned(results)
 
     return run

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 
 from jaxckpt._leaves import STACK_THEM, same_leaves, stacked_length
@@ -21,7 +20,7 @@ from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.engine import check
 from jaxckpt.engine.stack import per_block_of
 from jaxckpt.flax.arguments import run_and_write_back
-from jaxckpt.flax.objects import update_variables
+from jaxckpt.flax.objects import static_attributes, update_variables
 
 
 @functools.lru_cache(1024)  # so that equal stacks are of one class
@@ -167,7 +166,7 @@ class _SameFunction:
     def __init__(self, block: type[nnx.Module], blocks: list[nnx.Module], setting: Setting):
         self.block, self.setting, self.method = block, setting, check.method_of(block, setting.call)
         self.seen: list[tuple[Any, str]] = []
-        first, *others = map(_static_attributes, blocks)
+        first, *others = map(static_attributes, blocks)
         differences = (
             {key: (first.get(key), value) for key, value in o.items() if not _equal(first.get(key), value)} for o in others
         )
@@ -205,16 +204,6 @@ class _SameFunction:
             return nnx.as_pure(self.method(module, *carry, **shared, **per_block))
 
         return jx.trace(forward, x, carry)
-
-
-def _static_attributes(module: nnx.Module) -> dict[tuple, Any]:
-    return {
-        (path, name): value
-        for path, node in nnx.iter_graph(module)
-        if isinstance(node, nnx.Pytree)
-        for name, value in vars(node).items()
-        if not name.startswith("_pytree") and not isinstance(value, (nnx.Variable, nnx.Pytree, jax.Array, np.ndarray))
-    }
 
 
 def _equal(a: Any, b: Any) -> bool:

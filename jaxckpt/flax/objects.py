@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 from flax import errors, nnx
 
 from jaxckpt._leaves import is_array, replaced, same_leaves
@@ -60,11 +61,17 @@ class Copies:
     def __init__(self, graphdef: Any, state: Any):
         self.before = {path: jax.tree.leaves(variable) for path, variable in nnx.to_flat_state(state)}
         self.objects = nnx.merge(graphdef, state)
+        self.static = static_attributes(self.objects)
 
     def changed(self) -> dict[tuple, Any]:
         """The variables that are new, or hold something else than at first, by path."""
         now = nnx.to_flat_state(nnx.split(self.objects)[1])
         return {path: new for path, new in now if path not in self.before or not same_leaves(self.before[path], new)}
+
+    def changed_static(self) -> dict[tuple, Any]:
+        """The attributes that are not arrays and that are new or another object than at first, by path and name."""
+        now = static_attributes(self.objects)
+        return {key: value for key, value in now.items() if key not in self.static or self.static[key] is not value}
 
     def marked(self, results: Any) -> Any:
         """Results of the trace, with the copies among them marked."""
@@ -92,12 +99,32 @@ def update_variables(root: Any, changed: dict[Any, Any]) -> None:
     known = {path for path, _ in nnx.to_flat_state(nnx.split(root)[1])}
     for path, variable in changed.items():
         if path not in known:
-            parent = root
-            for key in path[:-1]:
-                parent = parent[key] if isinstance(key, int) else getattr(parent, str(key))
-            setattr(parent, str(path[-1]), variable)
+            setattr(_at(root, path[:-1]), str(path[-1]), variable)
     if old := {path: variable for path, variable in changed.items() if path in known}:
         nnx.update(root, nnx.from_flat_state(old))
+
+
+def update_static(root: Any, changed: dict[tuple, Any]) -> None:
+    """Sets attributes that are not arrays below `root`, by path and name."""
+    for (path, name), value in changed.items():
+        setattr(_at(root, path), name, value)
+
+
+def static_attributes(root: Any) -> dict[tuple, Any]:
+    """The attributes of NNX objects below `root` that are not arrays, by path and name."""
+    return {
+        (path, name): value
+        for path, node in nnx.iter_graph(root)
+        if isinstance(node, nnx.Pytree)
+        for name, value in vars(node).items()
+        if not name.startswith("_pytree") and not isinstance(value, (nnx.Variable, nnx.Pytree, jax.Array, np.ndarray))
+    }
+
+
+def _at(root: Any, path: tuple) -> Any:
+    for key in path:
+        root = root[key] if isinstance(key, int) else getattr(root, str(key))
+    return root
 
 
 def _is_object(value: Any) -> bool:

@@ -109,3 +109,20 @@ def test_state_that_a_lambda_hides_is_refused():
     for policy in ("everything", "cheap", "save:h"):
         with pytest.raises(ValueError, match=r"changes an NNX object that it closes over.*functools\.partial"):
             checkpoint_blocks([lambda x: block(x)] * 2, x, 2, policy=policy)
+
+
+@pytest.mark.parametrize("blocks_per_ckpt, policy", [(1, "everything"), (2, "everything"), (2, "dots")])
+def test_attributes_that_are_no_arrays_go_on_as_in_the_loop(blocks_per_ckpt, policy):
+    class Counting(nnx.Module):
+        def __init__(self):
+            self.calls = 0
+
+        def __call__(self, x):
+            self.calls += 1
+            return x * self.calls
+
+    block = Counting()
+    for count in (3, 6):
+        (got,) = checkpoint_blocks([block] * 3, jnp.ones(()), blocks_per_ckpt, policy=policy)
+        assert block.calls == count
+        assert got == [6, 4 * 5 * 6][count == 6]
