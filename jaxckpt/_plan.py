@@ -99,6 +99,9 @@ class Plan:
         budget_bytes: None for `objective="memory"` without one.
         chosen: the candidate that was taken, and candidates: all that were compiled, the fastest first.
         least_bytes, most_bytes: the predicted peaks of the setting of the least memory and of no checkpointing at all.
+        compilations: how many the search was allowed; None in a file of an older version.
+        untried: what should be faster and should fit by the model, and was not compiled, the fastest first; empty where the
+            model did not choose (`time=True`, `objective="memory"`).
     """
 
     stacks: Mapping[str, StackPlan]
@@ -110,6 +113,8 @@ class Plan:
     least_bytes: int
     most_bytes: int
     jax_version: str = jax.__version__
+    compilations: int | None = None
+    untried: tuple[Candidate, ...] = ()
 
     @property
     def peak_bytes(self) -> int:
@@ -134,7 +139,20 @@ class Plan:
             mark = "*" if c == self.chosen else ""
             runs, seconds = f"{c.forward_runs:.2f}", f"{c.seconds:.4g}"
             rows.append((mark, c.setting, size_text(c.predicted_bytes), compiled, runs, seconds, measured))
-        return "\n".join([*lines, *aligned(rows, right=range(2, 7))])
+        return "\n".join([*lines, *aligned(rows, right=range(2, 7)), *self._left()])
+
+    def _left(self) -> list[str]:
+        """A line about what was left untried."""
+        if self.compilations is None or self.objective != "time" or self.chosen.measured_seconds is not None:
+            return []
+        if not self.untried:
+            return ["  left untried: nothing that should be faster and should fit"]
+        first, number = self.untried[0], len(self.untried)
+        said = f"{first.setting} ({first.forward_runs:.2f} forward runs, {size_text(first.predicted_bytes)} predicted)"
+        settings = (
+            "a setting that should be faster and fit" if number == 1 else f"{number} that should be faster and fit, first"
+        )
+        return [f"  left untried: {settings}: {said}; compilations={2 * self.compilations} tries more"]
 
     def to_json(self) -> dict[str, Any]:
         """All fields, as JSON has them."""
@@ -193,7 +211,9 @@ def load(path: str | os.PathLike[str]) -> Plan:
             raise ValueError("it has no stacks")
         stacks = {name: _stack(fields) for name, fields in found.pop("stacks").items()}
         candidates = tuple(Candidate(**fields) for fields in found.pop("candidates"))
-        return Plan(stacks=stacks, candidates=candidates, chosen=Candidate(**found.pop("chosen")), **found)
+        untried = tuple(Candidate(**fields) for fields in found.pop("untried", ()))
+        chosen = Candidate(**found.pop("chosen"))
+        return Plan(stacks=stacks, candidates=candidates, chosen=chosen, untried=untried, **found)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{os.fspath(path)} is no plan that jaxckpt.plan saved: {error!r}. Run jaxckpt.plan again"

@@ -6,6 +6,7 @@ In any other process nothing happens: a program that imports `jaxckpt` keeps its
 import contextlib
 import importlib.metadata
 import importlib.util
+import multiprocessing
 import os
 import pkgutil
 import re
@@ -23,7 +24,9 @@ _direct: int | None = None  # stderr itself, where file descriptor 2 is the filt
 
 def prepare() -> None:
     """Prepares this process, if it is the command line: `_interrupted`, `_choose_platform`, `_filter_logs`."""
-    if not is_command_line(sys.argv, sys.orig_argv):
+    # An embedded Python may have no arguments, and a process that the command line spawns is not the command line.
+    is_spawned = multiprocessing.parent_process() is not None
+    if is_spawned or not is_command_line(getattr(sys, "argv", []), sys.orig_argv):
         return
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupted)

@@ -64,8 +64,8 @@ def add_stack_options(parser: argparse.ArgumentParser, stack: bool = True) -> An
             "called with (of a Linen stack the variables first), and, if it takes any, a dict of keyword arguments; "
             "jax.ShapeDtypeStructs do for arrays",
         )
-    parser.add_argument("--blocks", type=_positive, help=f"of --model (default: {BLOCKS})")
-    parser.add_argument("--tokens", type=_positive, help=f"of --model (default: {TOKENS})")
+    parser.add_argument("--blocks", type=positive, help=f"of --model (default: {BLOCKS})")
+    parser.add_argument("--tokens", type=positive, help=f"of --model (default: {TOKENS})")
     return which
 
 
@@ -178,7 +178,7 @@ def _as_shapes(call: Call) -> Call:
     return Call(stack, *jax.tree.map(shape_of, (call.args, call.keywords)))
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")
     return int(text)

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from jaxckpt import plan
 from jaxckpt._plan import Plan
 from jaxckpt.cli._errors import EXPECTED, fail
-from jaxckpt.cli._stacks import add_stack_options, chosen_stack, made_by, refuse_sizes
+from jaxckpt.cli._stacks import add_stack_options, chosen_stack, made_by, positive, refuse_sizes
 from jaxckpt.cli.plots import Point, check_plot, draw_memory_against_runs
 from jaxckpt.cli.report import gradient
 from jaxckpt.memory import targets
+from jaxckpt.planning.rounds import COMPILATIONS
 
 
 def add_parser(commands: Any) -> None:
@@ -33,6 +34,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--calibrate", action="store_true", help="measure the attached device's rates for the time model, once"
     )
+    parser.add_argument(
+        "--compilations",
+        type=positive,
+        default=COMPILATIONS,
+        help="of the whole step, at most (default: %(default)s); the plan says what they left untried",
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="save the plan, for checkpoint_scan(..., plan=FILE)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw what was compiled (.svg, .png or .pdf)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
@@ -49,8 +56,8 @@ def run(options: argparse.Namespace) -> int:
         if options.time:
             _check_time(options)
         step, args = _step(options)
-        knobs = {name: getattr(options, name) for name in ("budget", "target", "objective", "time", "calibrate")}
-        found = plan(step, *args, **knobs)
+        knobs = ("budget", "target", "objective", "time", "calibrate", "compilations")
+        found = plan(step, *args, **{name: getattr(options, name) for name in knobs})
         if options.out is not None:  # files first: whoever reads the table may not read on
             found.save(options.out)
         if options.plot is not None:

@@ -26,12 +26,12 @@ class Objects:
 
     def __init__(self, blocks: Sequence[Callable[..., Any]], args: Any):
         self.blocks = [_parts(block) for block in blocks]
-        self.arg_leaves, self.arg_tree = jax.tree.flatten(args, is_leaf=_is_object)
-        of_args = [leaf for leaf in self.arg_leaves if _is_object(leaf)]
+        self.arg_leaves, self.arg_tree = jax.tree.flatten(args, is_leaf=is_object)
+        of_args = [leaf for leaf in self.arg_leaves if is_object(leaf)]
         self.originals = (*(part for parts, _ in self.blocks for part in parts), *of_args)
         self.graphdef, state = nnx.split(self.originals)
         leaves, self.state_tree = jax.tree.flatten(state)
-        self.leaves = [*leaves, *(leaf for leaf in self.arg_leaves if not _is_object(leaf))]
+        self.leaves = [*leaves, *(leaf for leaf in self.arg_leaves if not is_object(leaf))]
         self.where = [i for i, leaf in enumerate(self.leaves) if is_array(leaf)]
         self.arrays = [self.leaves[i] for i in self.where]
 
@@ -42,7 +42,7 @@ class Objects:
         copies = Copies(self.graphdef, state)
         objects = iter(copies.objects)
         blocks = [rebuild([next(objects) for _ in parts]) for parts, rebuild in self.blocks]
-        args = [next(objects) if _is_object(leaf) else next(leaves) for leaf in self.arg_leaves]
+        args = [next(objects) if is_object(leaf) else next(leaves) for leaf in self.arg_leaves]
         return blocks, jax.tree.unflatten(self.arg_tree, args), copies
 
     def returned(self, results: Any) -> Any:
@@ -127,19 +127,19 @@ def _at(root: Any, path: tuple) -> Any:
     return root
 
 
-def _is_object(value: Any) -> bool:
+def is_object(value: Any) -> bool:
     return isinstance(value, (nnx.Pytree, nnx.Variable))
 
 
 def _is_whole(value: Any) -> bool:
-    return _is_object(value) or callable(value)
+    return is_object(value) or callable(value)
 
 
 def _parts(value: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
     """The objects in a leaf, and a function that makes it with others in their places."""
-    if _is_object(value):
+    if is_object(value):
         return [value], lambda parts: parts[0]
-    if isinstance(value, types.MethodType) and _is_object(value.__self__):
+    if isinstance(value, types.MethodType) and is_object(value.__self__):
         return [value.__self__], lambda parts: types.MethodType(value.__func__, parts[0])
     if isinstance(value, functools.partial):
         leaves, tree = jax.tree.flatten((value.func, value.args, value.keywords), is_leaf=_is_whole)

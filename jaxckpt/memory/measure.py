@@ -18,7 +18,9 @@ from jax.sharding import AbstractMesh
 from jaxckpt._leaves import is_array
 from jaxckpt._sizes import one_unit
 from jaxckpt.engine.check import shape_of
+from jaxckpt.flax.steps import jitted, map_leaves, objects_are_arguments, with_objects
 from jaxckpt.memory import targets
+from jaxckpt.memory.meshes import lowered_on
 from jaxckpt.memory.targets import Target
 
 
@@ -98,7 +100,9 @@ def measure(
     Arguments:
         fn: a function, jitted or not: a training step, say; or an NNX module, whose state is an argument then. What it was
             jitted to donate counts once (a function around a jitted one donates nothing). Arrays that it closes over are
-            constants of the program, and no arguments: pass what belongs to the model.
+            constants of the program, and no arguments: pass what belongs to the model. With NNX objects among its arguments
+            (or as what a `functools.partial` or a method is bound to), a function that is not jitted is compiled as
+            `nnx.jit` would: what it changes in them is a result.
         args: arrays or `jax.ShapeDtypeStruct`s, sharded or not; only their shapes are used unless `time` is true. Anything
             else is passed on as it is, and is static where `fn` was jitted so.
         target: see `jaxckpt.targets.get`; by default where the arguments are, which is as a rule JAX's default device.
@@ -123,17 +127,20 @@ def measure(
     if isinstance(fn, nnx.Module):
         graph, state = nnx.split(fn)
         return measure(lambda state, *args: nnx.merge(graph, state)(*args), state, *args, target=target, time=time)
+    fn, args = with_objects(fn, args)
     where = place_of(args) if target is None else targets.get(target)
     if time and not where.is_present:
         raise ValueError(f"time=True runs the program, and {where.name!r} is only described; take target='attached'")
     if time and (missing := [leaf for leaf in jax.tree.leaves(args) if isinstance(leaf, jax.ShapeDtypeStruct)]):
         raise ValueError(f"time=True runs the program and needs arrays; among the arguments is {missing[0]}")
-    placed = args if target is None else where.place(args)
-    jitted = fn if hasattr(fn, "lower") else jax.jit(fn)
+    program, name = jitted(fn, args), getattr(fn, "__name__", repr(fn))
     try:
-        lowered = jitted.lower(*placed)
+        with objects_are_arguments(fn, "measure"):
+            if target is None:
+                lowered, placed = program.lower(*args), args
+            else:
+                lowered, placed = lowered_on(where, program, name, args)
     except Exception as error:
-        name = getattr(fn, "__name__", repr(fn))
         error.add_note(f"jaxckpt.measure traced {name} with shapes in place of values: {shape_of(args)}")
         raise
     start = clock.perf_counter()
@@ -161,7 +168,7 @@ def measure(
     )
     if not time or found.excess_bytes or not where.is_present:
         return found
-    seconds, runtime_peak = _run(jitted, _put(args, placed), _donates(lowered), where)
+    seconds, runtime_peak = _run(program, _put(args, placed), _donates(lowered), where)
     return dataclasses.replace(found, seconds=seconds, runtime_peak_bytes=runtime_peak)
 
 
@@ -194,7 +201,11 @@ def _place_of_compiled(compiled: Any, where: Target) -> Target:
 
 def _put(args: Any, placed: Any) -> Any:
     """The arguments where `Target.place` says that they lie."""
-    return jax.tree.map(lambda x, to: jax.device_put(x, to.sharding) if to is not x else x, args, placed)
+    return map_leaves(lambda x, to: jax.device_put(x, to.sharding) if to is not x else x, args, placed)
+
+
+def _copied(args: Any) -> Any:
+    return map_leaves(lambda x: jnp.copy(x) if is_array(x) else x, args)
 
 
 def _donates(lowered: Any) -> bool:
@@ -203,40 +214,44 @@ def _donates(lowered: Any) -> bool:
     return any(info.donated for info in infos)
 
 
-def _run(jitted: Any, args: Any, donated: bool, target: Target) -> tuple[float, int | None]:
+def _run(program: Any, args: Any, donated: bool, target: Target) -> tuple[float, int | None]:
     """The median time of a call, and the runtime's peak; with donation all arguments are copied before each call."""
 
     def fresh() -> Any:
-        return jax.block_until_ready(jax.tree.map(lambda x: jnp.copy(x) if is_array(x) else x, args)) if donated else args
+        return jax.block_until_ready(_copied(args)) if donated else args
 
     times: list[float] = []
-    jax.block_until_ready(jitted(*fresh()))
+    jax.block_until_ready(program(*fresh()))
     while len(times) < 5 or sum(times) < 1:
         given = fresh()
         start = clock.perf_counter()
-        jax.block_until_ready(jitted(*given))
+        jax.block_until_ready(program(*given))
         times.append(clock.perf_counter() - start)
     stats = target.devices[0].memory_stats() or {}
     return statistics.median(times), stats.get("peak_bytes_in_use")
 
 
 def seconds_in_turns(
-    jitted: Any, contexts: Sequence[Callable[[], contextlib.AbstractContextManager[Any]]], args: Any, target: Target
+    step: Callable[..., Any],
+    contexts: Sequence[Callable[[], contextlib.AbstractContextManager[Any]]],
+    args: Any,
+    target: Target,
 ) -> list[float]:
     """The median time of a call under each context, in turns, so that whatever else the machine does slows all alike.
 
     Arguments:
-        jitted: is traced anew under each context.
+        step: jitted or not; is traced anew under each context.
     """
+    program = jitted(step, args)
     args = _put(args, target.place(args))
-    donated = _donates(jitted.lower(*args))
+    donated = _donates(program.lower(*args))
     times: list[list[float]] = [[] for _ in contexts]
     for turn in range(13):
         for context, its in zip(contexts, times, strict=True):
-            given = jax.tree.map(lambda x: jnp.copy(x) if is_array(x) else x, args) if donated else args
+            given = _copied(args) if donated else args
             jax.block_until_ready(given)
             with context():
                 start = clock.perf_counter()
-                jax.block_until_ready(jitted(*given))
+                jax.block_until_ready(program(*given))
                 its += [clock.perf_counter() - start] * (turn > 1)  # compiled at first, and warm at second
     return [statistics.median(its) for its in times]

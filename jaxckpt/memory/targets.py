@@ -23,6 +23,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxckpt._leaves import is_shaped
+from jaxckpt.flax.steps import holds_objects, split_objects
 
 _DATA = resources.files("jaxckpt.memory") / "gpus"
 _PER_HOST = 8  # more GPUs than these are spread over hosts
@@ -141,6 +142,9 @@ class Target:
             sharding = self._sharding(getattr(leaf, "sharding", None), jax.tree_util.keystr(path))
             return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding, weak_type=aval.weak_type)
 
+        if holds_objects(tree):
+            parts, whole = split_objects(tree)
+            return whole(self.place(parts))
         return jax.tree_util.tree_map_with_path(shape_of, tree)
 
     def _sharding(self, given: Any, path: str) -> Any:
@@ -152,7 +156,10 @@ class Target:
             )
         mesh = getattr(given, "mesh", None)
         number = 1 if given is None else mesh.size if mesh is not None else len(given.device_set)
-        if number == 1:
+        if number == 1 and not (self.count == 1 and isinstance(given, NamedSharding)):
+            around = jax.sharding.get_mesh()  # of jax.set_mesh
+            if not around.empty and set(around.devices.flat) == set(self.devices):
+                return NamedSharding(around, PartitionSpec(), memory_kind=kind)
             if self.count == 1:
                 return SingleDeviceSharding(self.devices[0], memory_kind=kind)
             return NamedSharding(self.mesh((self.count,), ("devices",)), PartitionSpec(), memory_kind=kind)

@@ -1,6 +1,8 @@
 """The peak of a step by the model, corrected by what the compiler said of the step under other settings."""
 
+import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -29,28 +31,20 @@ class Combination(NamedTuple):
         return tuple(option.family for option in self.options)
 
 
-class Compiled(NamedTuple):
-    """What the compiler said of a combination, and what the model had said before."""
-
-    peak_bytes: int
-    predicted_bytes: int
-
-
-@dataclass
+@dataclass(frozen=True)
 class Known:
     """What the compiler said of one step.
 
     Fields:
-        compiled: of the whole step under a combination.
+        compiled: peaks of the whole step under a combination.
         transients: what a block keeps, and what differentiating it takes, by the stack and `Option.of_block`.
-        refused: kinds of combinations that the step cannot be run under.
-        silent: stacks whose blocks cannot be compiled alone.
     """
 
-    compiled: dict[Combination, Compiled] = field(default_factory=dict)
-    transients: dict[tuple[int, Knobs], tuple[int, int]] = field(default_factory=dict)
-    refused: set[Any] = field(default_factory=set)
-    silent: set[int] = field(default_factory=set)
+    compiled: Mapping[Combination, int] = field(default_factory=dict)
+    transients: Mapping[tuple[int, Knobs], tuple[int, int]] = field(default_factory=dict)
+
+    def with_compiled(self, c: Combination, peak: int) -> "Known":
+        return Known({**self.compiled, c: peak}, self.transients)
 
 
 class Peaks:
@@ -62,7 +56,6 @@ class Peaks:
 
     def __init__(self, fixed: int, known: Known):
         self.fixed, self.known = fixed, known
-        self._grouped: tuple[int, dict[Any, list[Combination]]] = (0, {})
 
     def predicted(self, c: Combination) -> float:
         """The peak by the model."""
@@ -71,7 +64,7 @@ class Peaks:
     def peak(self, c: Combination) -> float:
         """The compiled peak, if it is known, or the predicted one."""
         found = self.known.compiled.get(c)
-        return self.predicted(c) if found is None else found.peak_bytes
+        return self.predicted(c) if found is None else found
 
     def without_rest(self, c: Combination) -> float:
         return self.fixed + c.stored_bytes + max(self.transient(i, option) for i, option in enumerate(c.options))
@@ -79,8 +72,7 @@ class Peaks:
     def _rest(self, c: Combination) -> float:
         # The model of a scan without chunks is exact: what it misses there, the rest of the step needs under any setting.
         scans = tuple((False, False, False) for _ in c.options)
-        families = self._families()
-        near = families.get(c.family) or families.get(scans)
+        near = self._families.get(c.family) or self._families.get(scans)
         if near is None:
             return min([0.0, *map(self._missed, self.known.compiled)])
         near = sorted(near, key=lambda other: _distance(other.stored_bytes, c.stored_bytes))[:2]
@@ -93,16 +85,15 @@ class Peaks:
 
     def _missed(self, c: Combination) -> float:
         """What the model misses of a step that was compiled."""
-        return self.known.compiled[c].peak_bytes - self.without_rest(c)
+        return self.known.compiled[c] - self.without_rest(c)
 
+    @functools.cached_property
     def _families(self) -> dict[Any, list[Combination]]:
         """What was compiled, by family."""
-        if self._grouped[0] != len(self.known.compiled):
-            groups: dict[Any, list[Combination]] = {}
-            for other in self.known.compiled:
-                groups.setdefault(other.family, []).append(other)
-            self._grouped = len(self.known.compiled), groups
-        return self._grouped[1]
+        groups: dict[Any, list[Combination]] = {}
+        for other in self.known.compiled:
+            groups.setdefault(other.family, []).append(other)
+        return groups
 
     def transient(self, i: int, option: Option) -> float:
         """What differentiating a block of the `i`-th stack takes; a hopeful guess where the compiler was not asked."""

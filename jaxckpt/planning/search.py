@@ -1,54 +1,51 @@
 """`plan`: the fastest setting of a step's stacks whose compiled peak fits into a budget.
 
 The model (`jaxckpt.planning.model`) ranks all settings by time and knows what they store. What they need beside that is
-asked of the compiler, of the fastest setting that should fit: first what differentiating one of its blocks takes, which is
-soon compiled and holds for all settings with such blocks, then the peak of the whole step. The difference corrects the model
-for its likes, and so on, until the fastest that should fit is one that was compiled and does. What was compiled for a step
-once is known to later plans for it, so that in one process more memory never gives a slower plan.
+asked of the compiler (`_Search`): what differentiating a block takes, which is soon compiled and holds for all settings
+with such blocks, and the peak of the whole step under a few settings, chosen by `jaxckpt.planning.rounds`. What was compiled
+for a step once is kept: later plans for it get the same answers sooner, and find what they would have found without.
 """
 
 import functools
 import itertools
 import math
 import os
-import time as clock
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import jax
 import numpy as np
 
 from jaxckpt._leaves import split_arrays
-from jaxckpt._plan import Candidate, Plan, StackPlan, under
+from jaxckpt._plan import Candidate, Knobs, Plan, StackPlan, under
 from jaxckpt._progress import Progress
 from jaxckpt._setting import is_integer
 from jaxckpt._sizes import size_of, size_text
 from jaxckpt.analysis import flow
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.engine.stack import Run, described
+from jaxckpt.flax.steps import holds_objects, objects_are_arguments, split_objects, with_objects
 from jaxckpt.memory import targets
 from jaxckpt.memory.calibrate import calibrate as calibrated
 from jaxckpt.memory.calibrate import rates_of
 from jaxckpt.memory.explain import observe
 from jaxckpt.memory.measure import measure, place_of, seconds_in_turns
+from jaxckpt.memory.meshes import mesh_on, on_set_mesh
+from jaxckpt.planning import rounds
 from jaxckpt.planning.model import Option, Stack
-from jaxckpt.planning.peaks import Combination, Compiled, Known, Peaks, kind
+from jaxckpt.planning.peaks import Combination, Known, Peaks, kind
+from jaxckpt.planning.rounds import COMPILATIONS
 
-_WORTH = 0.998  # of the seconds of the best so far; what is not faster is not worth compiling
-_IN_DOUBT = 1.02  # of what the model says, what the compiler may still do with less
-_MOST = 8  # compilations of the whole step for one plan
-_MISSES = 4  # of them that do not fit, before the least that is possible is looked for
-_SECONDS = 38  # after which nothing is compiled any more, once something fits
-_SECONDS_OF_BLOCKS = 25  # after which no block is compiled alone
 _TIMED = 6  # settings that are run for real
 _WIDEST = 20_000  # combinations of a few stacks that are looked at
 _FEW = 3
 
 
 # By step, and by what else the compiler is told.
-_known: WeakKeyDictionary[Any, dict[Any, Known]] = WeakKeyDictionary()
+_answers: WeakKeyDictionary[Any, dict[Any, "_Answers"]] = WeakKeyDictionary()
 
 
 def plan(
@@ -59,6 +56,7 @@ def plan(
     objective: str = "time",
     time: bool = False,
     calibrate: bool = False,
+    compilations: int = COMPILATIONS,
     progress: bool = True,
 ) -> Plan:
     """The fastest setting of the stacks in `step` whose compiled peak is within `budget`.
@@ -74,6 +72,8 @@ def plan(
             less memory, and the default knobs.
         calibrate: measures a present device's rates for the time model, once; they are kept in the user's cache folder and
             taken by later plans. Otherwise: published rates of GPUs, a guess for CPUs.
+        compilations: of the whole step, at most, each of which takes as long as at the start of a training job. What is
+            found depends on their number and not on how long they take; what they left untried is part of the plan.
         progress: whether stderr shows what is being compiled and for how long: a bar in a terminal, lines elsewhere.
 
     Returns:
@@ -96,6 +96,7 @@ def plan(
         raise TypeError(f"plan takes a training step, a function, and then its arguments; got {step!r:.200}")
     if objective not in ("time", "memory"):
         raise ValueError(f"objective must be 'time' or 'memory'; got {objective!r}")
+    step, args = with_objects(step, args)
     where = place_of(args) if target is None else targets.get(target)
     limit = _limit(budget, objective, where)
     if time and not where.is_present:
@@ -104,32 +105,36 @@ def plan(
         raise ValueError(f"time=True runs the step and needs arrays; among the arguments is {missing[0]}")
     if time and objective == "memory":
         raise ValueError("time=True chooses the fastest, and objective='memory' the least memory: leave one of them away")
+    if not is_integer(compilations) or compilations < 1:
+        raise ValueError(f"compilations is an integer of at least 1; got {compilations!r}")
     _ = where.devices  # a missing plugin is said before anything is traced
     rates = calibrated(where) if calibrate else rates_of(where)
     stacks, program, fixed = _stacks(step, args, rates)
     combinations = _combinations([stack.options(may_offload=where.gpu is not None) for stack in stacks.values()])
-    known = _known_of(step, (program, str(where.devices[0]), where.count, str(rates)))
+    answers = _answers_of(step, (program, str(where.devices[0]), where.count, str(rates)))
     with Progress("plan", unit="compilation", shown=progress) as bar:
-        search = _Search(step, args, where, target is None, stacks, combinations, Peaks(fixed, known), bar)
-        chosen = search.fastest(limit) if objective == "time" else None
+        search = _Search(step, args, where, target is None, stacks, answers, bar)
+        combinations = [c for c in combinations if kind(c) not in search.refused]
+        how = combinations, fixed, search, compilations
+        chosen = rounds.fastest(limit, *how) if objective == "time" else None
         if chosen is None:
-            chosen = search.least()
-            if search.compiled(chosen) > limit:
-                raise ValueError(_too_little(limit, search, chosen))
-            if objective == "time":  # which the model refused, and knows better now
-                chosen = search.fastest(limit) or chosen
+            chosen = rounds.least(*how, search.known)
+            if search.seen[chosen].peak_bytes > limit:
+                raise ValueError(_too_little(limit, search, fixed, chosen))
         measured: dict[Combination, float] = {}
         if time:
-            measured = search.timed(limit)
+            measured = search.timed(limit, *how)
             chosen = min(measured, key=measured.__getitem__, default=chosen)  # none, where none fits into the device
     everything = Combination(tuple(stack.everything() for stack in stacks.values()))
+    peaks = Peaks(fixed, search.known)
+    combinations = [c for c in combinations if kind(c) not in search.refused]
+    missed = rounds.untried(limit, combinations, chosen, peaks) if objective == "time" and not time else []
 
-    def candidate(c: Combination) -> Candidate:
+    def candidate(c: Combination, peak: int | None = None, predicted: int = 0) -> Candidate:
         runs = sum(option.forward_runs * option.seconds for option in c.options) / (c.seconds or 1.0)
-        peak, predicted = known.compiled[c]
-        return Candidate(_text(c), predicted, c.seconds, runs, peak, measured.get(c))
+        return Candidate(_text(c), predicted or round(peaks.predicted(c)), c.seconds, runs, peak, measured.get(c))
 
-    rows = {c: candidate(c) for c in known.compiled}
+    rows = {c: candidate(c, *found) for c, found in search.seen.items()}
     return Plan(
         stacks={
             name: StackPlan(block=stack.run.names.block, jax_version=jax.__version__, knobs=option.knobs, **stack.described)
@@ -140,13 +145,41 @@ def plan(
         budget_bytes=None if limit == math.inf else int(limit),
         chosen=rows[chosen],
         candidates=tuple(sorted(rows.values(), key=lambda row: row.seconds)),
-        least_bytes=round(min(map(search.peaks.peak, search.combinations))),
-        most_bytes=round(search.peaks.peak(everything)),
+        least_bytes=round(min(map(peaks.peak, combinations))),
+        most_bytes=round(peaks.peak(everything)),
+        compilations=int(compilations),
+        untried=tuple(map(candidate, missed)),
     )
 
 
+@dataclass
+class _Answers:
+    """What the compiler said of one step, to whatever plan.
+
+    Fields:
+        compiled: the peaks of combinations. transients: what blocks take, by the stack and `Option.of_block`.
+            None for those that cannot be compiled alone.
+        refused: kinds of combinations that the step cannot be run under.
+    """
+
+    compiled: dict[Combination, int] = field(default_factory=dict)
+    transients: dict[tuple[int, Knobs], int | None] = field(default_factory=dict)
+    refused: set[Any] = field(default_factory=set)
+
+
+class _Seen(NamedTuple):
+    """What the compiler said of a combination, and what the model had said before."""
+
+    peak_bytes: int
+    predicted_bytes: int
+
+
 class _Search:
-    """Asks the compiler for what one plan needs to know."""
+    """Asks the compiler for one plan: a `jaxckpt.planning.rounds.Compiler`.
+
+    Attributes:
+        seen: the answers of whole steps. blocks: those of blocks.
+    """
 
     def __init__(
         self,
@@ -155,71 +188,23 @@ class _Search:
         where: targets.Target,
         as_given: bool,
         stacks: dict[str, Stack],
-        combinations: list[Combination],
-        peaks: Peaks,
+        answers: _Answers,
         bar: Progress,
     ):
         self.step, self.args, self.where, self.stacks, self.bar = step, args, where, stacks, bar
         self.as_given = as_given  # the arguments lie where they are to be
-        self.known, self.peaks = peaks.known, peaks
-        self.combinations = [c for c in combinations if kind(c) not in peaks.known.refused]
+        self.answers, self.refused = answers, answers.refused
         self.plain = Combination(tuple(stack.plain() for stack in stacks.values()))
-        self.begin, self.count = clock.monotonic(), 0
+        self.seen: dict[Combination, _Seen] = {}
+        self.blocks: dict[tuple[int, Knobs], tuple[int, int]] = {}
 
-    def fastest(self, limit: float) -> Combination | None:
-        """The fastest combination whose compiled peak is within the limit, or None if the model finds none.
-
-        Time only counts once something fits; until then what the model refuses by a little is tried too, a few times.
-        """
-        while True:
-            fitting = [c for c in self._considered() if self.peaks.peak(c) <= limit]
-            there = min((c for c in fitting if c in self.known.compiled), key=lambda c: c.seconds, default=None)
-            if not fitting:
-                new = [c for c in self.combinations if c not in self.known.compiled]
-                fitting = [c for c in new if self.peaks.predicted(c) <= _IN_DOUBT * limit]
-            if not fitting or (there is None and self.count >= _MISSES):
-                return None
-            best = min(fitting, key=lambda c: (c.seconds, self.peaks.peak(c)))
-            if there is not None and (best == there or best.seconds > _WORTH * there.seconds or self.is_late):
-                return there
-            self._ask(best)
-
-    def least(self) -> Combination:
-        """The combination of the least compiled peak, as far as the model can tell which to compile."""
-        self.begin, self.count = clock.monotonic(), 0
-        while True:
-            new = [c for c in self._considered() if c not in self.known.compiled]
-            there = min(self.known.compiled, key=self.peaks.peak, default=None)
-            if there is not None and (not new or self.is_late):
-                return there
-            best = min(new, key=self.peaks.predicted)
-            if there is not None and self.peaks.predicted(best) > _IN_DOUBT * self.peaks.peak(there):
-                return there
-            self._ask(best)
-
-    def timed(self, limit: float) -> dict[Combination, float]:
-        """The seconds of some combinations within the limit, the default knobs among them if these are."""
-        limit = min(limit, self.where.memory_bytes or math.inf)
-        peaks = self.known.compiled
-        least = min(self.compiled(self.plain), *(found.peak_bytes for found in peaks.values()))
-        for part in (2, 4, 8):  # settings of less memory, which may be faster in truth
-            if limit / part >= least:
-                self.fastest(limit / part)
-        fits = sorted((c for c in peaks if peaks[c].peak_bytes <= limit), key=lambda c: c.seconds)
-        # Of those that fit some of all speeds by the model, the fastest and the slowest among them.
-        fits = [fits[i * (len(fits) - 1) // (_TIMED - 1)] for i in range(_TIMED)] if len(fits) > _TIMED else fits
-        fits = list(dict.fromkeys([*fits, *[self.plain] * (peaks[self.plain].peak_bytes <= limit)]))
-        jitted = self.step if hasattr(self.step, "lower") else jax.jit(self.step)
-        contexts = [functools.partial(self._under, c) for c in fits]
-        return dict(zip(fits, seconds_in_turns(jitted, contexts, self.args, self.where), strict=True))
-
-    def compiled(self, c: Combination) -> float:
+    def peak(self, c: Combination, predicted: float) -> float:
         """The peak of the whole step; infinite where it cannot be run so.
 
-        Not every step can be run under every knob: second derivatives want the scan engine, say. What cannot is taken out of
-        the combinations, with its kind, unless it is the default knobs that fail too.
+        Not every step can be run under every knob: second derivatives want the scan engine, say. What cannot is refused with
+        its kind, unless it is the default knobs that fail too.
         """
-        if c not in self.known.compiled:
+        if c not in self.answers.compiled:
             self.bar.doing(f"compiling {_text(c)}")
             try:
                 with self._under(c):
@@ -227,52 +212,50 @@ class _Search:
             except Exception:
                 if kind(c) == kind(self.plain):
                     raise
-                self.compiled(self.plain)  # raises what is wrong with the step itself
-                self.count += 1
-                self.known.refused.add(kind(c))
-                self.combinations = [other for other in self.combinations if kind(other) != kind(c)]
+                self.peak(self.plain, predicted)  # raises what is wrong with the step itself
+                self.refused.add(kind(c))
                 return math.inf
-            self.known.compiled[c] = Compiled(found.peak_bytes, round(self.peaks.predicted(c)))
-            self.count += 1
+            self.answers.compiled[c] = found.peak_bytes
             self.bar.advance()
-        return self.known.compiled[c].peak_bytes
+        self.seen.setdefault(c, _Seen(self.answers.compiled[c], round(predicted)))
+        return self.seen[c].peak_bytes
+
+    def block(self, i: int, option: Option) -> int | None:
+        """What differentiating a block of the `i`-th stack takes; None where it cannot be compiled alone."""
+        stack, key = list(self.stacks.values())[i], (i, option.of_block)
+        if self.where.count > 1 or not stack.can_be_alone:
+            return None
+        if key not in self.answers.transients:
+            self.bar.doing(f"compiling one block, {option.of_block}")
+            try:
+                with mesh_on(self.where):
+                    self.answers.transients[key] = stack.transient_bytes(option.of_block, self.where)
+            except Exception:
+                self.answers.transients[key] = None
+            self.bar.advance()
+        if (found := self.answers.transients[key]) is not None:
+            self.blocks[key] = option.kept_bytes, found
+        return found
 
     @property
-    def is_late(self) -> bool:
-        """Whether this plan has compiled enough."""
-        return self.count >= _MOST or clock.monotonic() - self.begin > _SECONDS
+    def known(self) -> Known:
+        """All that was asked for this plan."""
+        return Known({c: found.peak_bytes for c, found in self.seen.items()}, dict(self.blocks))
 
-    def _considered(self) -> list[Combination]:
-        """All combinations; once the time for blocks is over, those of which nothing is guessed."""
-        if self._has_time_for_blocks:
-            return self.combinations
-        return [c for c in self.combinations if c in self.known.compiled or not self._unknown(c)] or self.combinations
-
-    def _ask(self, c: Combination) -> None:
-        """Learns what a block of one stack takes, where that can be asked in time, or else the peak of the step."""
-        unknown = self._unknown(c)
-        if not unknown or not self._has_time_for_blocks:
-            self.compiled(c)
-            return
-        i, option = unknown[0], c.options[unknown[0]]
-        self.bar.doing(f"compiling one block, {option.of_block}")
-        try:
-            found = list(self.stacks.values())[i].transient_bytes(option.of_block, self.where)
-            self.known.transients[i, option.of_block] = option.kept_bytes, found
-        except Exception:  # it can only be traced or compiled in its place in the step
-            self.known.silent.add(i)
-        self.bar.advance()
-
-    def _unknown(self, c: Combination) -> list[int]:
-        """The stacks of which it is not known what a block takes, and could be."""
-        if self.where.count > 1:
-            return []
-        asked = [i for i, stack in enumerate(self.stacks.values()) if stack.can_be_alone and i not in self.known.silent]
-        return [i for i in asked if (i, c.options[i].of_block) not in self.known.transients]
-
-    @property
-    def _has_time_for_blocks(self) -> bool:
-        return clock.monotonic() - self.begin < _SECONDS_OF_BLOCKS
+    def timed(self, limit: float, combinations: list[Combination], fixed: int, *how: Any) -> dict[Combination, float]:
+        """The seconds of some combinations within the limit, the default knobs among them if these are."""
+        limit = min(limit, self.where.memory_bytes or math.inf)
+        self.peak(self.plain, Peaks(fixed, self.known).predicted(self.plain))
+        least = min(found.peak_bytes for found in self.seen.values())
+        for part in (2, 4, 8):  # settings of less memory, which may be faster in truth
+            if limit / part >= least:
+                rounds.fastest(limit / part, combinations, fixed, *how)
+        fits = sorted((c for c, found in self.seen.items() if found.peak_bytes <= limit), key=lambda c: c.seconds)
+        # Of those that fit some of all speeds by the model, the fastest and the slowest among them.
+        fits = [fits[i * (len(fits) - 1) // (_TIMED - 1)] for i in range(_TIMED)] if len(fits) > _TIMED else fits
+        fits = list(dict.fromkeys([*fits, *[self.plain] * (self.seen[self.plain].peak_bytes <= limit)]))
+        contexts = [functools.partial(self._under, c) for c in fits]
+        return dict(zip(fits, seconds_in_turns(self.step, contexts, self.args, self.where), strict=True))
 
     def _under(self, c: Combination) -> Any:
         return under(dict(zip(self.stacks, (option.knobs for option in c.options), strict=True)))
@@ -280,14 +263,14 @@ class _Search:
 
 def forget() -> None:
     """Forgets what was compiled for plans before."""
-    _known.clear()
+    _answers.clear()
 
 
-def _known_of(step: Callable[..., Any], key: Any) -> Known:
+def _answers_of(step: Callable[..., Any], key: Any) -> _Answers:
     try:
-        return _known.setdefault(step, {}).setdefault(key, Known())
+        return _answers.setdefault(step, {}).setdefault(key, _Answers())
     except TypeError:  # what cannot be referred to weakly is not remembered
-        return Known()
+        return _Answers()
 
 
 def _limit(budget: str | int | None, objective: str, where: targets.Target) -> float:
@@ -307,7 +290,8 @@ def _limit(budget: str | int | None, objective: str, where: targets.Target) -> f
 
 def _stacks(step: Callable[..., Any], args: Any, rates: Any) -> tuple[dict[str, Stack], Any, int]:
     """The stacks that are to be planned, by name, what identifies the program of the step, and `_fixed_bytes`."""
-    arrays, with_arrays = split_arrays(args)
+    parts, whole = split_objects(args) if holds_objects(args) else (args, lambda args: args)
+    arrays, with_arrays = split_arrays(parts)
     found: dict[str, Stack] = {}
     digest, fixed = "", 0
 
@@ -333,10 +317,16 @@ def _stacks(step: Callable[..., Any], args: Any, rates: Any) -> tuple[dict[str, 
 
     def call(arrays: list[Any]) -> None:
         nonlocal digest, fixed
-        program = jax.make_jaxpr(lambda arrays: step(*with_arrays(arrays)))(arrays)
+
+        def run(arrays: list[Any]) -> Any:
+            args = whole(with_arrays(arrays))
+            return step(*args), split_arrays(split_objects(args)[0])[0] if holds_objects(args) else []
+
+        with objects_are_arguments(step, "plan"):
+            program = jax.make_jaxpr(run)(arrays)
         digest, fixed = jx.digest(program), _fixed_bytes(program)
 
-    observe(call, arrays, see)
+    observe(call, list(map(on_set_mesh, arrays)), see)
     if not found:
         raise ValueError(
             "no stack in the step is to be planned: build one with checkpoint_scan(..., plan='auto'), without other knobs"
@@ -370,14 +360,14 @@ def _text(c: Combination) -> str:
     return "; ".join(str(option.knobs) for option in c.options)
 
 
-def _too_little(limit: float, search: _Search, best: Combination) -> str:
+def _too_little(limit: float, search: _Search, fixed: int, best: Combination) -> str:
     """Names the least that is possible, and what is large."""
-    least = search.known.compiled[best].peak_bytes
-    sizes: dict[str, float] = {"the rest of the step": least - search.peaks.without_rest(best)}
+    least, peaks = search.seen[best].peak_bytes, Peaks(fixed, search.known)
+    sizes: dict[str, float] = {"the rest of the step": least - peaks.without_rest(best)}
     for i, ((name, stack), option) in enumerate(zip(search.stacks.items(), best.options, strict=True)):
         block = name or stack.run.names.block
         sizes[f"what {block} stores"] = option.stored_bytes
-        sizes[f"what one {block} takes while it is differentiated"] = search.peaks.transient(i, option)
+        sizes[f"what one {block} takes while it is differentiated"] = peaks.transient(i, option)
     for path, leaf in jax.tree_util.tree_leaves_with_path(search.args):
         if hasattr(leaf, "shape"):
             sizes[f"the argument {jax.tree_util.keystr(path)}"] = jx.nbytes(jax.typeof(leaf))

@@ -92,3 +92,12 @@ def test_the_plan_is_saved_where_nobody_reads_the_table(folder, monkeypatch):
     monkeypatch.setattr("builtins.print", unread)
     arguments = ["plan", "--target", "cpu", "--step", "mine:make", "--budget", "2MiB", "--out", "plan.json"]
     assert main(arguments) == 141 and json.loads((folder / "plan.json").read_text())["stacks"]
+
+
+def test_the_number_of_compilations(capsys, folder):
+    code, out, _ = run(capsys, "--step", "mine:make", "--budget", "2MiB", "--compilations", "1", "--json")
+    told = json.loads(out)
+    assert code == 0 and told["compilations"] == 1 and len(told["candidates"]) == 1 and "untried" in told
+    with pytest.raises(SystemExit):
+        run(capsys, "--step", "mine:make", "--compilations", "0")
+    assert "'0' is not an integer of at least 1" in capsys.readouterr().err

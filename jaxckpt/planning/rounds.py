@@ -1,0 +1,156 @@
+"""Which settings of a step are compiled for a plan, and in what order: by their number alone, never by a clock.
+
+The fastest within a limit is searched in rounds. A round takes the front, the settings that no other beats in seconds and
+predicted bytes, and lists a few that are spread over it. From the fastest of them on, those that should fit are compiled,
+until one does. The next round is about what lies between that one and the listed one before it, with a model that was
+corrected by it.
+
+More memory never gives a slower plan, however wrong the model is. Take a small and a large limit. As long as they settle on
+the same, they have the same lists and the same predictions, which depend neither on the limit nor on what was compiled in
+vain or for other plans. In the first list where they differ, what the small limit settles on is also tried for the large
+one, and fits, unless a faster one did. From there on one searches above what the other searches below. A round may compile
+all that it lists, half of the compilations that are left, so that no search ends in the middle of a list.
+
+Two things are outside of this. Where a step turns out not to run under some kind of setting, the search begins again without
+the like, and a limit that never came to such a setting does not. And where nothing listed fits, the setting of the least
+memory is searched, which may be a fast one that the model was wrong about.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from jaxckpt.planning.model import Option
+from jaxckpt.planning.peaks import Combination, Known, Peaks, kind
+
+# Of the whole step, for one plan. Rounds of 4, 2, 1 and 1 tell 60 settings apart, as many as a front has in the benchmarks,
+# and as a rule 2 or 3 are compiled.
+COMPILATIONS = 8
+_WORTH = 0.998  # of the seconds of the best so far; what is not faster is not worth compiling
+_IN_DOUBT = 1.02  # of what the model says, what the compiler may still do with less
+_BLOCKS = 2  # blocks that are compiled alone for each compilation of the step, while the least memory is searched
+
+
+class Compiler(Protocol):
+    """What is asked for a plan. An answer depends on the question alone.
+
+    Fields:
+        refused: kinds of combinations that turned out not to run.
+    """
+
+    refused: set[object]
+
+    def peak(self, c: Combination, predicted: float) -> float:
+        """The peak of the whole step, infinite where it cannot be run so."""
+        ...
+
+    def block(self, i: int, option: Option) -> int | None:
+        """What differentiating a block of the `i`-th stack takes, None where that cannot be asked."""
+        ...
+
+
+def fastest(
+    limit: float, combinations: Sequence[Combination], fixed: int, compiler: Compiler, compilations: int
+) -> Combination | None:
+    """The fastest combination that was found to be within the limit, None where none was.
+
+    Arguments:
+        fixed: see `Peaks`.
+        compilations: of the whole step, at most; those that fail are not counted.
+    """
+    learnt = Known()  # from what the rounds before settled on
+    best, given_up, left = None, -math.inf, compilations
+    while left:
+        peaks = Peaks(fixed, learnt)
+        slowest = math.inf if best is None else _WORTH * best.seconds
+        between = [c for c in combinations if given_up < c.seconds <= slowest]
+        listed = _spread(_front(between, peaks), peaks, -(-left // 2), with_ends=best is None)
+        if not listed:
+            break
+        left -= len(listed)
+        for c in listed:
+            # Before any of it was compiled, the model may also refuse too much.
+            informed = _asked(c, peaks, _IN_DOUBT * limit if best is None else limit, compiler)
+            if informed is not None and (found := compiler.peak(c, informed.predicted(c))) <= limit:
+                best, learnt = c, informed.known.with_compiled(c, round(found))
+                break
+            if kind(c) in compiler.refused:  # begin again without the like
+                rest = [other for other in combinations if kind(other) not in compiler.refused]
+                return fastest(limit, rest, fixed, compiler, compilations)
+            given_up = c.seconds
+        if best is None:  # the leanest was listed too
+            break
+    return best
+
+
+def least(
+    combinations: Sequence[Combination], fixed: int, compiler: Compiler, compilations: int, learnt: Known
+) -> Combination:
+    """The combination of the least compiled peak, as far as the model can tell which to compile.
+
+    Arguments:
+        learnt: what is known before.
+    """
+    blocks = _BLOCKS * compilations
+    while True:
+        peaks = Peaks(fixed, learnt)
+        combinations = [c for c in combinations if kind(c) not in compiler.refused]
+        new = [c for c in combinations if c not in learnt.compiled]
+        there = min(learnt.compiled, key=peaks.peak, default=None)
+        if there is not None and not (new and compilations):
+            return there
+        best = min(new, key=peaks.predicted)
+        if there is not None and peaks.predicted(best) > _IN_DOUBT * peaks.peak(there):
+            return there
+        informed = _informed(best, peaks, compiler) if blocks else peaks
+        if informed is not peaks:  # that changes which should be the least
+            learnt, blocks = informed.known, blocks - 1
+            continue
+        found = compiler.peak(best, peaks.predicted(best))
+        if found < math.inf:
+            learnt, compilations = learnt.with_compiled(best, round(found)), compilations - 1
+
+
+def _asked(c: Combination, peaks: Peaks, limit: float, compiler: Compiler) -> Peaks | None:
+    """The model that knows what the blocks of `c` take, if by it `c` is within the limit."""
+    if peaks.predicted(c) > limit:  # with hopeful guesses; no need to ask
+        return None
+    informed = _informed(c, peaks, compiler)
+    return informed if informed.predicted(c) <= limit else None
+
+
+def _informed(c: Combination, peaks: Peaks, compiler: Compiler) -> Peaks:
+    """The same model, if there is nothing to ask of the blocks of `c`, or another one that knows what they take."""
+    known = peaks.known
+    unknown = [(i, option) for i, option in enumerate(c.options) if (i, option.of_block) not in known.transients]
+    found = {(i, o.of_block): (o.kept_bytes, taken) for i, o in unknown if (taken := compiler.block(i, o)) is not None}
+    return Peaks(peaks.fixed, Known(known.compiled, {**known.transients, **found})) if found else peaks
+
+
+def _front(combinations: Iterable[Combination], peaks: Peaks) -> list[Combination]:
+    """Those that no other beats in seconds and in predicted bytes, the fastest first."""
+    front: list[Combination] = []
+    lowest = math.inf
+    for _, size, c in sorted(((c.seconds, peaks.predicted(c), c) for c in combinations), key=lambda entry: entry[:2]):
+        if size < 0.999 * lowest:
+            front.append(c)
+            lowest = size
+    return front
+
+
+def _spread(front: list[Combination], peaks: Peaks, number: int, with_ends: bool) -> list[Combination]:
+    """So many of a front, at even factors of predicted bytes; with its leanest, and then its fastest, or inside of it."""
+    if len(front) <= number:
+        return front
+    sizes = [math.log(max(1.0, peaks.predicted(c))) for c in front]
+    parts = max(1, number - 1) if with_ends else number + 1
+    steps = range(number) if with_ends else range(1, number + 1)
+    wanted = [sizes[-1] + (sizes[0] - sizes[-1]) * step / parts for step in steps]
+    nearest = {min(range(len(front)), key=lambda i, size=size: abs(sizes[i] - size)) for size in wanted}
+    return [front[i] for i in sorted(nearest)]
+
+
+def untried(limit: float, combinations: Iterable[Combination], best: Combination, peaks: Peaks) -> list[Combination]:
+    """What should be faster than the best and should fit, by all that is known, and was not compiled; the fastest first."""
+    faster = [c for c in combinations if c.seconds <= _WORTH * best.seconds and c not in peaks.known.compiled]
+    return sorted((c for c in faster if peaks.predicted(c) <= limit), key=lambda c: c.seconds)
