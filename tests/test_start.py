@@ -172,3 +172,8 @@ def test_a_program_that_imports_the_package_is_left_alone(tmp_path):
         [sys.executable, "-c", "import jaxckpt"], env={**env, "PYTHONPATH": path}, capture_output=True, text=True
     )
     assert done.stdout.strip() == "None" and ALARM in done.stderr
+
+
+def test_a_process_without_arguments():
+    code = "import sys; del sys.argv; import jaxckpt._start"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})

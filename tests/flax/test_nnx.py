@@ -580,3 +580,29 @@ def test_equal_stacks_are_of_one_class():
     assert checkpoint_scan(Block, 3) is not checkpoint_scan(Block, 4)
     stacks = [checkpoint_scan(Block, 2)(rngs=nnx.Rngs(i)) for i in range(3)]
     assert checkpoint_scan(stacks).linear.kernel.shape == (3, 2, 2, 2)
+
+
+def test_a_subclass_of_a_stack_cannot_override_what_the_blocks_do():
+    class Halves(nnx.Module):
+        def __init__(self, *, rngs):
+            self.linear = nnx.Linear(4, 4, rngs=rngs)
+
+        def half(self, x):
+            return 0.5 * x
+
+        def __call__(self, x):
+            return self.half(self.linear(x))
+
+    stack = checkpoint_scan(Halves, 3)
+    with pytest.raises(TypeError, match=r"Doubles overrides half of Halves.*are of class Halves.*stack the subclass"):
+
+        class Doubles(stack):
+            def half(self, x):
+                return 2.0 * x
+
+    class Named(stack):
+        def name(self):
+            return "trunk"
+
+    assert Named(rngs=nnx.Rngs(0)).name() == "trunk"
+    assert Named(rngs=nnx.Rngs(0))(jnp.ones((2, 4))).shape == (2, 4)
