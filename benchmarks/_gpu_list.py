@@ -67,7 +67,11 @@ class Measurement:
 
 def measurements(dry: bool) -> list[Measurement]:
     """In order of their worth; a call makes as many as its time allows, and the next goes on."""
-    gradients = tuple(f"{name}, {engine}" for name in OFFLOADS for engine in _ENGINES)
+    both = [(name, engine) for name in OFFLOADS for engine in _ENGINES]
+    # Snapshots are the reversal engine's alone.
+    gradients = tuple(
+        f"{name}, {engine}" for name, engine in both if engine == "reversal" or "snapshots" not in OFFLOADS[name]
+    )
     found = [
         Measurement("peak", "transformer", (REFERENCE,)),
         Measurement("peak", "transformer", ("dots_no_batch",)),

@@ -32,7 +32,7 @@ Measured, beside what is published."""
 _BEFOREHAND = """### Compiled for {target} beforehand, with JAX {jax}
 
 Nothing here was run. Seconds of compiling are of two cores; seconds of a step are the time model's. A call of nine minutes
-makes what stands under its number."""
+makes the rows of its number, in this order."""
 _CALL_SECONDS = 540
 _START_SECONDS = 10  # of a process and of making the values, assumed
 _STEPS = 10
@@ -212,30 +212,34 @@ def _beforehand(about: Row, rows: dict[str, Row]) -> Iterator[str]:
     yield _BEFOREHAND.format(**about)
     lines = []
     planned = schedule(rows, about["memory_bytes"])
-    for measurement, seconds, call in planned:
-        for i, setting in enumerate(measurement.settings):
-            row = rows.get(f"compile/{measurement.workload}/{setting}", {})
-            cells = [_cell(row.get("error", "")), ""]
-            if size := row.get("predicted_bytes"):
-                cells = [_gib(size) + ", too large" * (size > about["memory_bytes"]), f"{row['compile_seconds']:.0f}"]
-            model = row.get("model_seconds")
-            first = [str(call), measurement.kind, measurement.workload, f"{seconds:.0f}"] if i == 0 else [""] * 4
-            lines.append([*first, setting, *cells, f"{model:.3g}" if model else ""])
-    yield _table(("call", "kind", "workload", "estimated s", "setting", "peak GiB", "compile s", "step s"), lines)
+    for m, setting, seconds, call in planned:
+        row = rows.get(f"compile/{m.workload}/{setting}", {})
+        cells = [_cell(row.get("error", "")), ""]
+        if size := row.get("predicted_bytes"):
+            cells = [_gib(size) + ", too large" * (size > about["memory_bytes"]), f"{row['compile_seconds']:.0f}"]
+        model = row.get("model_seconds")
+        lines.append([str(call), m.kind, m.workload, setting, *cells, f"{model:.3g}" if model else "", f"{seconds:.0f}"])
+    yield _table(("call", "kind", "workload", "setting", "peak GiB", "compile s", "step s", "estimated s"), lines)
     yield _calls(planned)
 
 
-def schedule(rows: dict[str, Row], memory_bytes: int) -> list[tuple[Measurement, float, int]]:
-    """Each measurement in order with its estimated seconds, and the number of the call of nine minutes in which it begins.
+def schedule(rows: dict[str, Row], memory_bytes: int) -> list[tuple[Measurement, str, float, int]]:
+    """Each row in order with its estimated seconds, and the number of the call of nine minutes that makes it.
 
     An estimate: what is not compiled yet is compiled, and each program makes ten steps, unless it is too large for the GPU.
     """
     fitting = {key: row for key, row in rows.items() if row.get("predicted_bytes", 0) <= memory_bytes}
-    found, compiled, total = [], set(), 0.0
-    for m in measurements(False):
-        seconds = _START_SECONDS + sum(_seconds_of(m, setting, fitting, compiled) for setting in m.settings)
-        found.append((m, seconds, 1 + int(total // _CALL_SECONDS)))
-        total += seconds
+    found: list[tuple[Measurement, str, float, int]] = []
+    compiled: set[tuple[str, str]] = set()
+    call, used, begun = 1, 0.0, None
+    for m, setting in ((m, setting) for m in measurements(False) for setting in m.settings):
+        seconds = _seconds_of(m, setting, fitting, compiled)
+        start = 0.0 if begun == (m, call) else _START_SECONDS
+        if used and used + start + seconds > _CALL_SECONDS:
+            call, used, start = call + 1, 0.0, _START_SECONDS
+        begun = m, call
+        used += start + seconds
+        found.append((m, setting, start + seconds, call))
     return found
 
 
@@ -254,10 +258,10 @@ def _seconds_of(m: Measurement, setting: str, rows: dict[str, Row], compiled: se
     return compiling + _STEPS * (row.get("model_seconds") or 0.0)
 
 
-def _calls(found: Sequence[tuple[Measurement, float, int]]) -> str:
+def _calls(found: Sequence[tuple[Measurement, str, float, int]]) -> str:
     lines = []
-    for call in sorted({call for _, _, call in found}):
-        of_call = [(m, seconds) for m, seconds, c in found if c == call]
+    for call in sorted({call for *_, call in found}):
+        of_call = [(m, seconds) for m, _, seconds, c in found if c == call]
         names = ", ".join(dict.fromkeys(f"{m.kind} {m.workload}" for m, _ in of_call))
         lines.append(f"- call {call}, {sum(seconds for _, seconds in of_call):.0f} s: {names}")
     return "\n".join(lines)

@@ -267,9 +267,12 @@ def test_schedule_counts_a_program_once():
         for workload, setting in module("_gpu_list").programs()
     }
     found = report.schedule(rows, memory_bytes=2**31)
-    assert [call for *_, call in found] == sorted(call for *_, call in found)
-    of_race = next(seconds for m, seconds, _ in found if (m.kind, m.workload) == ("race", "pairformer-384"))
-    # Five of its ten programs were compiled for their peaks.
-    assert of_race == pytest.approx(10 + 10 * 10 + 5 * 30)
+    calls = [call for *_, call in found]
+    assert calls == sorted(calls)
+    for call in set(calls):
+        assert sum(seconds for *_, seconds, c in found if c == call) <= 540
+    of_race = [seconds for m, _, seconds, _ in found if (m.kind, m.workload) == ("race", "pairformer-384")]
+    # Each makes ten steps, and five of ten programs were compiled for their peaks.
+    assert sum(of_race) - 10 * 10 - 5 * 30 in (10, 20)  # a process begins in one call or in two
     too_large = report.schedule(rows, memory_bytes=2**29)
-    assert next(seconds for m, seconds, _ in too_large if (m.kind, m.workload) == ("race", "pairformer-384")) == 10
+    assert sum(seconds for m, _, seconds, _ in too_large if (m.kind, m.workload) == ("race", "pairformer-384")) == 10
