@@ -232,7 +232,8 @@ def schedule(rows: dict[str, Row], memory_bytes: int) -> list[tuple[Measurement,
     found: list[tuple[Measurement, str, float, int]] = []
     compiled: set[tuple[str, str]] = set()
     call, used, begun = 1, 0.0, None
-    for m, setting in ((m, setting) for m in measurements(False) for setting in m.settings):
+    wanted = [(measurement, setting) for measurement in measurements(False) for setting in measurement.settings]
+    for m, setting in wanted:
         seconds = _seconds_of(m, setting, fitting, compiled)
         start = 0.0 if begun == (m, call) else _START_SECONDS
         if used and used + start + seconds > _CALL_SECONDS:
