@@ -180,9 +180,9 @@ class Plan:
         Raises:
             ValueError: the plan was made with another version of JAX.
         """
-        _check_version(self.jax_version)
         if not callable(step):
             raise TypeError(f"around takes the step that was planned, a function; got {step!r:.200}")
+        _check_version(self.jax_version)
 
         @functools.wraps(step)
         def planned(*args: Any, **keywords: Any) -> Any:
