@@ -107,8 +107,8 @@ def plan(
         raise ValueError("time=True chooses the fastest, and objective='memory' the least memory: leave one of them away")
     if not is_integer(compilations) or compilations < 1:
         raise ValueError(f"compilations is an integer of at least 1; got {compilations!r}")
-    _ = where.devices  # a missing plugin is said before anything is traced
     rates = calibrated(where) if calibrate else rates_of(where)
+    _ = where.devices  # a missing plugin is said before anything is traced
     stacks, program, fixed = _stacks(step, args, rates)
     combinations = _combinations([stack.options(may_offload=where.gpu is not None) for stack in stacks.values()])
     answers = _answers_of(step, (program, str(where.devices[0]), where.count, str(rates)))
