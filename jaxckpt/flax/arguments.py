@@ -13,7 +13,8 @@ from flax import nnx
 from jaxckpt._leaves import same_leaves
 from jaxckpt._setting import Setting
 from jaxckpt.engine.check import Names
-from jaxckpt.engine.stack import Block, Stacked, run_stack
+from jaxckpt.engine.stack import Stacked, run_stack
+from jaxckpt.engine.trace import Block
 
 Slots = list[tuple[str, Any]]  # paths and NNX variables, or what else is a leaf
 

@@ -26,8 +26,9 @@ from jaxckpt.analysis import flow, inlining, numbering, sources, tagging
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis.cost import Cost, cost
 from jaxckpt.analysis.tradeoff import tradeoff_of
+from jaxckpt.engine.run import Run
 from jaxckpt.engine.schedule import whole_runs
-from jaxckpt.engine.stack import Run, observed
+from jaxckpt.engine.stack import observed
 from jaxckpt.memory import targets
 from jaxckpt.policies.grammar import everything
 

@@ -26,8 +26,9 @@ from jaxckpt.analysis import inlining, numbering
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis.stages import find_cuts, pieces_between
 from jaxckpt.analysis.tradeoff import Choice, Tradeoff, tradeoff_of
+from jaxckpt.engine.run import Run
 from jaxckpt.engine.schedule import whole_runs
-from jaxckpt.engine.stack import Run, described
+from jaxckpt.engine.stack import described
 from jaxckpt.memory.targets import Target
 
 _OF_BACKWARD = 2.0  # forward passes that differentiating a block takes

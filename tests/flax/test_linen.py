@@ -754,7 +754,7 @@ def test_init_finds_out_that_knobs_name_no_tag(knobs, x):
 
 
 def test_init_makes_no_choice(x, monkeypatch):
-    monkeypatch.setattr("jaxckpt.engine.stack.with_choice", None)
+    monkeypatch.setattr("jaxckpt.engine.run.with_choice", None)
     init_types(checkpoint_scan(Small, N, policy="cheap")(), x)
 
 

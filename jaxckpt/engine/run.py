@@ -1,0 +1,173 @@
+"""A traced block under its knobs: what it is cut into, what it keeps, what goes through the loop; and its execution."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax import lax
+
+from jaxckpt._leaves import replaced
+from jaxckpt._setting import Setting
+from jaxckpt.analysis import flow, inlining, numbering, tagging
+from jaxckpt.analysis import jaxpr as jx
+from jaxckpt.analysis.stages import Piece, cuts_at_tags, find_cuts, in_pieces, pieces_between
+from jaxckpt.analysis.tradeoff import Choice, Tradeoff
+from jaxckpt.engine import check
+from jaxckpt.engine.choice import with_choice
+from jaxckpt.engine.offload import guard_offload, loop_that_offloads
+from jaxckpt.engine.reversal import Inputs, Step, reverse_blocks
+from jaxckpt.engine.scan import scan_blocks
+from jaxckpt.engine.trace import Traced
+from jaxckpt.policies.grammar import JaxPolicy, everything, nothing
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of a stack, ready to be executed: one block's jaxpr and how its inputs and outputs go through the loop."""
+
+    setting: Setting
+    length: int
+    names: check.Names
+    closed: Any  # of one block: slices of `xs`, carry and shared arrays in, carry and the rest out
+    pieces: Sequence[Piece]  # into which the block is cut, if it is; then `closed` is inlined
+    keep: JaxPolicy
+    chosen: tuple[Tradeoff, Choice] | None  # where the policy chooses what is kept
+    carry_to_host: JaxPolicy
+    moving: list[int]  # the carry's leaves that the blocks change
+    computed: list[int]  # the other outputs that are no slices of `xs`
+    own: dict[int, int]  # those that are, parameters above all, and which: they are `xs` itself and not a copy of it
+    leaves: tuple[list[Any], list[Any], list[Any]]  # of `xs`, the first carry, the shared arrays
+    carry_names: list[str]
+
+    def under(self, setting: Setting) -> "Run":
+        """This run under other knobs, `offload:` aside; for one with default knobs, whose `closed` is the block's own."""
+        closed, keep, chosen = resolve(setting, self.closed, self.names)
+        slices, carried = len(self.leaves[0]), len(self.leaves[1])
+        closed, pieces = cut(setting, closed, range(slices, slices + carried), self.names)
+        return dataclasses.replace(self, setting=setting, closed=closed, pieces=pieces, keep=keep, chosen=chosen)
+
+    def execute(
+        self,
+        constants: list[Any],
+        xs: list[Any],
+        carry: list[Any],
+        arrays: list[Any],
+        mark: Callable[[list[Any]], list[Any]] = list,
+        as_function: Callable[[Any, int], Callable[..., list[Any]]] = jx.as_function,
+    ) -> tuple[list[Any], list[Any]]:
+        """The last carry, all its leaves, and what `computed` says, stacked.
+
+        Arguments:
+            constants: of the block's jaxpr.
+            as_function: makes a function of a jaxpr whose first equation is of that number in the block.
+        """
+        passed = [leaf for i, leaf in enumerate(carry) if i not in self.moving]
+        inputs = Inputs(constants, mark([carry[i] for i in self.moving]), xs, [*passed, *arrays])
+        step = self._step(len(carry), as_function)
+        if self.setting.engine == "reversal":
+            last, ys = reverse_blocks(step, inputs, self.length, self.setting, self.keep)
+            # All that a `custom_vjp` returns has tangents, and what follows the stack may have no derivative.
+            fixed = flow.constant_in_derivatives(self.closed.jaxpr)
+            last = [lax.stop_gradient(leaf) if fixed[i] else leaf for i, leaf in zip(self.moving, last, strict=True)]
+            ys = [lax.stop_gradient(leaf) if fixed[i] else leaf for i, leaf in zip(self.computed, ys, strict=True)]
+        else:
+            scanned = lambda moved, x: step(inputs._replace(xs=x, carry=moved))  # noqa: E731
+            last, ys = scan_blocks(scanned, inputs.carry, xs, self.length, self.setting, self.keep, self.carry_to_host)
+        return replaced(carry, self.moving, mark(last)), ys
+
+    def rest(self, ys: list[Any]) -> list[Any]:
+        """All outputs beside the carry, stacked; `ys` are those that are computed."""
+        stacked = {i: self.leaves[0][source] for i, source in self.own.items()} | dict(zip(self.computed, ys, strict=True))
+        return [stacked[i] for i in sorted(stacked)]
+
+    def _step(self, carried: int, as_function: Callable[[Any, int], Callable[..., list[Any]]]) -> Step:
+        """One block, for either engine; it closes over no traced value, and so not over `self`."""
+        jaxpr, pieces, moving, computed = self.closed.jaxpr, self.pieces, self.moving, self.computed
+        piece = functools.partial(jax.checkpoint, policy=nothing if self.keep is everything else self.keep, prevent_cse=True)
+
+        def step(inputs: Inputs) -> tuple[list[Any], list[Any]]:
+            closed = jx.closed(jaxpr, inputs.constants)
+            block = in_pieces(closed, pieces, piece, as_function) if pieces else as_function(closed, 0)
+            moved, shared = iter(inputs.carry), iter(inputs.shared)
+            given = [next(moved if i in moving else shared) for i in range(carried)]
+            out = block(*inputs.xs, *given, *shared)
+            return [out[i] for i in moving], [out[i] for i in computed]
+
+        return step
+
+
+def resolved(
+    setting: Setting, length: int, traced: Traced, names: check.Names
+) -> tuple[Run, Callable[[list[Any]], list[Any]]]:
+    """The run of a traced block under `setting`, and how its carry is marked where something is offloaded."""
+    through_scan = setting.offload_carry and setting.engine == "scan"
+    closed, keep, chosen = resolve(setting, traced.closed, names)
+    loop = loop_that_offloads(closed.jaxpr, keep) if setting.policy.may_offload else None
+    guarded = guard_offload(keep, setting.policy.may_offload or through_scan, loop=loop)
+
+    slices, sources = len(traced.x_leaves), flow.forwarded(closed.jaxpr)
+    of_carry, of_rest = sources[: len(traced.carry)], dict(enumerate(sources[len(traced.carry) :], len(traced.carry)))
+    own = {i: source for i, source in of_rest.items() if source is not None and source < slices}
+    closed, pieces = cut(setting, closed, traced.carried, names)
+    run = Run(
+        setting=setting,
+        length=length,
+        names=names,
+        closed=closed,
+        pieces=pieces,
+        keep=guarded.keep,
+        chosen=chosen,
+        carry_to_host=guarded.carry_to_host,
+        # A carry that all blocks pass through unchanged is shared: it stays out of the scan, which would store it per block.
+        moving=[i for i, source in enumerate(of_carry) if source != slices + i],
+        computed=[i for i in of_rest if i not in own],
+        own=own,
+        leaves=(traced.x_leaves, traced.carry, traced.arrays),
+        carry_names=traced.carry_names,
+    )
+    return run, guarded.mark
+
+
+def resolve(setting: Setting, closed: Any, names: check.Names) -> tuple[Any, JaxPolicy, tuple[Tradeoff, Choice] | None]:
+    """The block's jaxpr, with what the policy chooses tagged if it does, the `jax.checkpoint` policy, and the choice."""
+    policy = setting.policy
+    tags = tagging.tags(closed) if policy.reads_tags else ()
+    found: tuple[str, ...] = ()
+    chosen = None
+    # One block at a time is alive anyway, and nothing of it is kept for later.
+    is_single = setting.blocks_per_ckpt == 1 or (setting.snapshots is not None and setting.blocks_per_ckpt is None)
+    if policy.chooses is not None and not is_single:
+        closed, found, chosen = with_choice(closed, policy.chooses)
+    try:
+        return closed, policy.for_tags(tags, found), chosen
+    except ValueError as error:
+        raise ValueError(f"{names.block}: {error}") from None
+
+
+def cut(setting: Setting, closed: Any, carried: Sequence[int], names: check.Names) -> tuple[Any, list[Piece]]:
+    """The block's jaxpr, inlined where it is cut, and the pieces; `carried` are its inputs that are the carry."""
+    if setting.stages is None:
+        return closed, []
+    if found := jx.effects(closed):
+        raise ValueError(
+            f"{names.block} has side effects ({', '.join(found)}), and stages cuts only blocks without: take debugging "
+            "output out of the block, or leave stages away"
+        )
+    flat = inlining.inlined(closed, checkpoints=True)
+    wanted = numbering.residual_bytes(flat)
+    if isinstance(setting.stages, tuple):
+        try:
+            cuts = cuts_at_tags(flat, setting.stages)
+        except ValueError as error:
+            raise ValueError(f"{names.block}: {error}") from None
+    else:
+        most = None if setting.stages == "auto" else setting.stages
+        cuts = find_cuts(flat, carried, wanted, most)
+    if not cuts:
+        asked = "tags:" + ",".join(setting.stages) if isinstance(setting.stages, tuple) else setting.stages
+        check.warn(f"{names.block}: stages={asked!r} found nothing to cut; the block stays whole")
+        return closed, []
+    return flat, pieces_between(flat, cuts, wanted)
