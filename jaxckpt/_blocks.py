@@ -128,40 +128,55 @@ def _checkpoint(
     """
     if keep is everything:
         return functools.partial(_as_one, blocks)
-
-    def run(*args):
-        objects, out = Objects(blocks, args), {}
-
-        def on_arrays(arrays):
-            copied, args, copies = objects.copied(arrays)
-            with written_apart():
-                results = _run([_checkpoint([block], inner) for block in copied], args)
-            changed = copies.changed()
-            leaves, tree = jax.tree.flatten((copies.marked(results), list(changed.values())))
-            kept, rebuild = _split(leaves)
-            out.update(paths=list(changed), tree=tree, rebuild=rebuild, static=copies.changed_static())
-            return kept
-
-        closed = jx.trace(on_arrays, objects.arrays)
-        refs.check_closed_over("checkpoint_blocks: a block", closed)
-        closed, policy = keep(closed) if isinstance(keep, functools.partial) else (closed, keep)
-        # Blocks stand in no loop of ours, but one of their own may offload.
-        guarded = guard_offload(policy, loop_that_offloads(closed.jaxpr, policy) is not None)
-        on_leaves = jx.as_function(closed)
-        # The blocks of a chunk are straight-line code: without the barrier XLA would merge the re-run with the forward.
-        kept = jax.checkpoint(lambda arrays: on_leaves(*arrays), policy=guarded.keep, prevent_cse=True)(
-            guarded.mark(objects.arrays)
-        )
-        results, variables = jax.tree.unflatten(out["tree"], out["rebuild"](guarded.mark(kept)))
-        update_variables(objects.originals, dict(zip(out["paths"], variables, strict=True)))
-        update_static(objects.originals, out["static"])
-        return objects.returned(results)
-
-    return run
+    return functools.partial(_as_checkpoint, blocks, keep, inner)
 
 
 def _as_one(blocks: Sequence[Callable[..., Any]], *args: Any) -> tuple[Any, ...]:
     return _run(blocks, args)
+
+
+def _as_checkpoint(blocks: Sequence[Callable[..., Any]], keep: Any, inner: Any, *args: Any) -> tuple[Any, ...]:
+    objects = Objects(blocks, args)
+    closed, whole = _trace(objects, inner)
+    closed, policy = keep(closed) if isinstance(keep, functools.partial) else (closed, keep)
+    results, variables, static = whole(_checkpointed(closed, policy, objects.arrays))
+    update_variables(objects.originals, variables)
+    update_static(objects.originals, static)
+    return objects.returned(results)
+
+
+def _trace(objects: Objects, inner: Any) -> tuple[Any, Callable[[list[Any]], tuple[Any, dict, dict]]]:
+    """The jaxpr of blocks on the arrays of `objects`; and what its outputs make: results, and what changed in objects."""
+    out = {}
+
+    def on_arrays(arrays):
+        copied, args, copies = objects.copied(arrays)
+        with written_apart():
+            results = _run([_checkpoint([block], inner) for block in copied], args)
+        changed = copies.changed()
+        leaves, tree = jax.tree.flatten((copies.marked(results), list(changed.values())))
+        kept, rebuild = _split(leaves)
+        out.update(paths=list(changed), tree=tree, rebuild=rebuild, static=copies.changed_static())
+        return kept
+
+    closed = jx.trace(on_arrays, objects.arrays)
+    refs.check_closed_over("checkpoint_blocks: a block", closed)
+
+    def whole(arrays):
+        results, variables = jax.tree.unflatten(out["tree"], out["rebuild"](arrays))
+        return results, dict(zip(out["paths"], variables, strict=True)), out["static"]
+
+    return closed, whole
+
+
+def _checkpointed(closed: Any, policy: JaxPolicy, arrays: list[Any]) -> list[Any]:
+    """What `jax.checkpoint` of a jaxpr under a policy returns."""
+    # Blocks stand in no loop of ours, but one of their own may offload.
+    guarded = guard_offload(policy, loop_that_offloads(closed.jaxpr, policy) is not None)
+    on_leaves = jx.as_function(closed)
+    # The blocks of a chunk are straight-line code: without the barrier XLA would merge the re-run with the forward.
+    run = jax.checkpoint(lambda arrays: on_leaves(*arrays), policy=guarded.keep, prevent_cse=True)
+    return guarded.mark(run(guarded.mark(arrays)))
 
 
 def _split(leaves: list[Any]) -> tuple[list[Any], Callable[[list[Any]], list[Any]]]:
