@@ -4,7 +4,8 @@ A block is traced with copies of its arguments. Where it changes one in place, a
 change would end with the trace, without a word.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,8 +16,9 @@ from jaxckpt._setting import Setting
 from jaxckpt.engine.check import Names
 from jaxckpt.engine.stack import Stacked, run_stack
 from jaxckpt.engine.trace import Block
+from jaxckpt.flax.objects import attribute_name, attributes, changed_static, is_object
 
-Slots = list[tuple[str, Any]]  # paths and NNX variables, or what else is a leaf
+Slots = Sequence[tuple[str, Any]]  # paths and NNX variables, or what else is a leaf
 
 
 def run_and_write_back(
@@ -38,14 +40,15 @@ def run_and_write_back(
         watched: those of `xs` that the block itself is given.
     Raises:
         ValueError: a block changes a per-block argument that is no variable, or a variable of the carry that it does not
-            return, or gives an argument a variable that it did not have.
+            return, or gives an argument a variable that it did not have, or changes what in an argument is static.
     """
     advanced: list[int] = []
 
     def noting(x, carry, shared):
         own, per_block, carried = _of_block(x[watched]), _of_block(x[-1:]), _of_carry(carry, names)
         before = _values(own), _values(carried)
-        returned, extra = block(x, carry, shared)
+        with _static_attributes_kept((x[watched], carry, shared), names):
+            returned, extra = block(x, carry, shared)
         changed = _changed(own, before[0])
         _check_nothing_else(own, _of_block(x[watched]), per_block, _of_block(x[-1:]), names)
         out = returned[0] if setting.has_aux and isinstance(returned, tuple) and returned else returned
@@ -58,7 +61,9 @@ def run_and_write_back(
     own, carried, last = _of_block(xs[watched]), _of_carry(carry, names), _of_carry(_as_tuple(out.carry, carry), names)
     new = [(*own[int(i)], value) for i, value in changed.items()]
     new += [(*carried[i], last[i][1].get_value()) for i in advanced]
-    _check_given_once(new, [*own, *carried, *_slots(shared, jax.tree_util.keystr)], names)
+    _check_given_once(
+        [(path, variable) for path, variable, _ in new], [*own, *carried, *_slots(shared, jax.tree_util.keystr)], names
+    )
     for _, variable, value in new:
         variable.set_value(value)
     return out._replace(extra=extra)
@@ -120,10 +125,24 @@ def _different(before: Slots, after: Slots) -> list[str]:
     return [path for path in a | b if a.get(path) is not b.get(path)]
 
 
-def _check_given_once(changed: Sequence[tuple[str, Any, Any]], given: Slots, names: Names) -> None:
-    for path, variable, _ in changed:
+def _check_given_once(changed: Slots, given: Slots, names: Names) -> None:
+    """Refuses a change of a variable that a block has twice, as two copies."""
+    for path, variable in changed:
         if twice := [other for other, slot in given if slot is variable and other != path]:
             raise ValueError(
                 f"{names.block} changes its argument at {path}, which it is given a second time, at {twice[0]}, and blocks "
                 "are given copies. Pass it once"
             )
+
+
+@contextlib.contextmanager
+def _static_attributes_kept(trees: Any, names: Names) -> Iterator[None]:
+    """Refuses a block that changes what in its arguments is static: the copies that it is given are nobody's."""
+    objects = [leaf for leaf in jax.tree.leaves(trees, is_leaf=is_object) if isinstance(leaf, nnx.Pytree)]
+    before = attributes(objects)
+    yield
+    if changed := changed_static(before, objects):
+        raise ValueError(
+            f"{names.block} changes {', '.join(attribute_name(objects, key) for key in changed)} among its arguments, a "
+            "static attribute, and the change would be lost. Hold what blocks change in an nnx.Variable"
+        )

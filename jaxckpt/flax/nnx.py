@@ -20,7 +20,7 @@ from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.engine import check
 from jaxckpt.engine.stack import per_block_of
 from jaxckpt.flax.arguments import run_and_write_back
-from jaxckpt.flax.objects import static_attributes, update_variables
+from jaxckpt.flax.objects import attributes, changed_static, is_equal, static_attributes, update_static, update_variables
 
 
 @functools.lru_cache(1024)  # so that equal stacks are of one class
@@ -47,7 +47,7 @@ def nnx_stack_from_list(blocks: list[nnx.Module], setting: Setting) -> nnx.Modul
     stacked = nnx.merge(graphdefs[0], stack_params(states, partition_name=setting.partition_name))
     setting = dataclasses.replace(setting, length=len(blocks))
     # Equal modules make a stack of the kind that the class makes, so that jit sees equal stacks as equal.
-    if all(_equal(graphdefs[0], other) for other in graphdefs):
+    if all(is_equal(graphdefs[0], other) for other in graphdefs):
         cls = nnx_stack(block, setting)
     else:
         cls = _stack_class(block, setting, {}, _SameFunction(block, blocks, setting))
@@ -123,15 +123,18 @@ def _run(
     graphdef, state = nnx.split(stack)
     stacked_length(state, setting.length, f"{names.block}: the stack's state", STACK_THEM)
     check_alike(graphdef, jx.slice_types((state, per_block)), carry, shared)
+    static: dict[tuple, Any] = {}
 
     def call(x, carry, shared):
+        nonlocal static
         state, per_block = x
         one = _one_block(block, setting, graphdef, state)
-        returned = method(one, *carry, **shared, **per_block)
+        returned, static = _and_static(method, one, *carry, **shared, **per_block)
         return returned, nnx.split(one)[1]
 
     out = run_and_write_back(call, setting, setting.length, (state, per_block), carry, shared, names)
-    _write_back(stack, state, add_layer_axis(out.extra, setting.partition_name))
+    update_variables(stack, _changed(state, add_layer_axis(out.extra, setting.partition_name)))
+    update_static((stack,), static)
     return (out.carry, out.aux) if setting.has_aux else out.carry
 
 
@@ -142,11 +145,17 @@ def _one_block(block: type[nnx.Module], setting: Setting, graphdef: Any, state: 
     return one
 
 
-def _write_back(stack: nnx.Module, before: nnx.State, after: nnx.State) -> None:
-    """Updates the variables that the blocks changed, and adds those they made (`sow`); leaves all others untouched."""
+def _and_static(method: Callable[..., Any], block: Any, *carry: Any, **keywords: Any) -> tuple[Any, dict[tuple, Any]]:
+    """What a block returns, and the static attributes that it changes, which all blocks of a stack have in common."""
+    before = attributes((block,))
+    returned = method(block, *carry, **keywords)
+    return returned, changed_static(before, (block,))
+
+
+def _changed(before: nnx.State, after: nnx.State) -> dict[tuple, Any]:
+    """The variables that blocks changed, and those they made (`sow`), by path."""
     old = dict(nnx.to_flat_state(before))
-    now = nnx.to_flat_state(after)
-    update_variables(stack, {path: new for path, new in now if path not in old or not same_leaves(old[path], new)})
+    return {path: new for path, new in nnx.to_flat_state(after) if path not in old or not same_leaves(old[path], new)}
 
 
 def _check_unshared(blocks: list[nnx.Module]) -> None:
@@ -178,22 +187,23 @@ class _SameFunction:
         self.seen: list[tuple[Any, str]] = []
         first, *others = map(static_attributes, blocks)
         differences = (
-            {key: (first.get(key), value) for key, value in o.items() if not _equal(first.get(key), value)} for o in others
+            {key: (first.get(key), value) for key, value in o.items() if not is_equal(first.get(key), value)} for o in others
         )
         distinct: list[tuple[int, dict]] = []
         for i, difference in enumerate(differences, 1):
-            if difference and not any(_equal(difference, known) for _, known in distinct):
+            if difference and not any(is_equal(difference, known) for _, known in distinct):
                 distinct.append((i, difference))
         self.distinct = distinct
 
     def __call__(self, graphdef: Any, x: Any, carry: tuple, shared: dict[str, Any]) -> None:
         types = jax.tree.map(lambda leaf: jax.typeof(leaf) if hasattr(leaf, "dtype") else leaf, (x, carry, shared))
         signature = (graphdef, str(types))
-        if any(_equal(signature, known) for known in self.seen):
+        if any(is_equal(signature, known) for known in self.seen):
             return
         reference = self._trace(graphdef, {}, x, carry, shared)
         for i, difference in self.distinct:
-            if not jx.same_program(reference, self._trace(graphdef, difference, x, carry, shared)):
+            other = self._trace(graphdef, difference, x, carry, shared)
+            if not (jx.same_program(reference[0], other[0]) and is_equal(reference[1], other[1])):
                 raise ValueError(
                     f"blocks 0 and {i} of the list are different functions: their {self.block.__name__}s differ in "
                     "a static attribute that changes what they compute, and one loop runs one function. Use "
@@ -201,24 +211,21 @@ class _SameFunction:
                 )
         self.seen.append(signature)
 
-    def _trace(self, graphdef: Any, difference: dict, x: Any, carry: tuple, shared: dict[str, Any]) -> Any:
+    def _trace(self, graphdef: Any, difference: dict, x: Any, carry: tuple, shared: dict[str, Any]) -> tuple[Any, dict]:
+        """The program of a block with other static attributes, and those that it changes."""
+        static = {}
+
         def forward(x, carry):
+            nonlocal static
             state, per_block = x
             module = _one_block(self.block, self.setting, graphdef, state)
             for (path, name), (first, value) in difference.items():
                 node = module
                 for key in path:
                     node = node[key] if isinstance(key, int) else getattr(node, key)
-                if _equal(vars(node).get(name), first):  # otherwise it was set for all blocks since
+                if is_equal(vars(node).get(name), first):  # otherwise it was set for all blocks since
                     vars(node)[name] = value
-            return nnx.as_pure(self.method(module, *carry, **shared, **per_block))
+            returned, static = _and_static(self.method, module, *carry, **shared, **per_block)
+            return nnx.as_pure(returned)
 
-        return jx.trace(forward, x, carry)
-
-
-def _equal(a: Any, b: Any) -> bool:
-    """Whether two static values are equal; where they cannot say so, arrays in a configuration above all, they are not."""
-    try:
-        return a is b or bool(a == b)
-    except (TypeError, ValueError):
-        return False
+        return jx.trace(forward, x, carry), static

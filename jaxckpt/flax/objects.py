@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import errors, nnx
+from jax.core import Tracer
 
 from jaxckpt._leaves import is_array, replaced, same_leaves
 
@@ -61,7 +62,7 @@ class Copies:
     def __init__(self, graphdef: Any, state: Any):
         self.before = {path: jax.tree.leaves(variable) for path, variable in nnx.to_flat_state(state)}
         self.objects = nnx.merge(graphdef, state)
-        self.static = static_attributes(self.objects)
+        self.attributes = attributes(self.objects)
 
     def changed(self) -> dict[tuple, Any]:
         """The variables that are new, or hold something else than at first, by path."""
@@ -69,9 +70,8 @@ class Copies:
         return {path: new for path, new in now if path not in self.before or not same_leaves(self.before[path], new)}
 
     def changed_static(self) -> dict[tuple, Any]:
-        """The attributes that are not arrays and that are new or another object than at first, by path and name."""
-        now = static_attributes(self.objects)
-        return {key: value for key, value in now.items() if key not in self.static or self.static[key] is not value}
+        """See the function of that name."""
+        return changed_static(self.attributes, self.objects)
 
     def marked(self, results: Any) -> Any:
         """Results of the trace, with the copies among them marked."""
@@ -110,15 +110,85 @@ def update_static(root: Any, changed: dict[tuple, Any]) -> None:
         setattr(_at(root, path), name, value)
 
 
-def static_attributes(root: Any) -> dict[tuple, Any]:
-    """The attributes of NNX objects below `root` that are not arrays, by path and name."""
+def attributes(root: Any) -> dict[tuple, Any]:
+    """The attributes of NNX objects below `root`, by path and name."""
     return {
         (path, name): value
         for path, node in nnx.iter_graph(root)
         if isinstance(node, nnx.Pytree)
         for name, value in vars(node).items()
-        if not name.startswith("_pytree") and not isinstance(value, (nnx.Variable, nnx.Pytree, jax.Array, np.ndarray))
+        if not name.startswith("_pytree")
     }
+
+
+def static_attributes(root: Any) -> dict[tuple, Any]:
+    """Those of the attributes that hold no arrays, to NNX."""
+    return {key: value for key, value in attributes(root).items() if _kind(value) is _STATIC}
+
+
+def changed_static(before: dict[tuple, Any], objects: Sequence[Any]) -> dict[tuple, Any]:
+    """The static attributes of `objects` that are new or hold something else than `before`, by path and name.
+
+    They are compared, and not hashed: a configuration may have no hash.
+
+    Raises:
+        ValueError: naming an attribute that was changed in a way that `update_static` and `update_variables` cannot repeat.
+    """
+    now, changed = attributes(objects), {}
+    for key in before | now:
+        old, new = before.get(key, _MISSING), now.get(key, _MISSING)
+        was, kind = _kind(old), _kind(new)
+        if was is kind and (kind is not _STATIC or (type(old) is type(new) and is_equal(old, new))):
+            continue
+        if was not in (_MISSING, _STATIC) or kind not in (nnx.Variable, _STATIC) or _holds_tracer(new, kind):
+            raise ValueError(_lost(key, new, objects))
+        if kind is _STATIC:
+            changed[key] = new
+    return changed
+
+
+_MISSING, _STATIC = object(), object()
+
+
+def _kind(value: Any) -> Any:
+    """How NNX takes what an attribute holds: as an object of a class, a variable, an array, or as static."""
+    if isinstance(value, nnx.Pytree):
+        return type(value)
+    if isinstance(value, (jax.Array, np.ndarray)):
+        return jax.Array
+    return nnx.Variable if isinstance(value, nnx.Variable) else _MISSING if value is _MISSING else _STATIC
+
+
+def _holds_tracer(value: Any, kind: Any) -> bool:
+    """Whether an array that is being traced stands in a static value, and would outlive the trace."""
+    return kind is _STATIC and any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value))
+
+
+def _lost(key: tuple, new: Any, objects: Sequence[Any]) -> str:
+    if new is _MISSING:
+        how = "is deleted"
+    elif _kind(new) is jax.Array or _holds_tracer(new, _kind(new)):
+        how = "is set to what holds arrays"
+    else:
+        how = f"becomes of type {type(new).__name__}"
+    return (
+        f"{attribute_name(objects, key)} {how} while a block runs, and that would be lost: make all that a block has in its "
+        "__init__, and hold arrays that it changes in an nnx.Variable"
+    )
+
+
+def attribute_name(objects: Sequence[Any], key: tuple) -> str:
+    """An attribute by its path and name, as one would write it: `Block.linear.mode`."""
+    (first, *path), name = key
+    return ".".join(map(str, [type(objects[first]).__name__, *path, name]))
+
+
+def is_equal(a: Any, b: Any) -> bool:
+    """Whether two static values are equal; where they cannot say so, arrays in a configuration above all, they are not."""
+    try:
+        return a is b or bool(a == b)
+    except (TypeError, ValueError):
+        return False
 
 
 def _at(root: Any, path: tuple) -> Any:

@@ -246,6 +246,20 @@ def test_a_changed_cache_that_is_given_twice_is_refused_wherever_it_is_given():
     assert not cache[...].any() and not caches[...].any()
 
 
+@pytest.mark.parametrize("per_block", [(), ("cache",)], ids=["shared", "per block"])
+def test_a_change_of_what_is_static_in_an_argument_is_refused(per_block):
+    class Cache(nnx.Module):
+        def __init__(self):
+            self.last, self.index = nnx.Cache(jnp.zeros((N, D))), 0
+
+    def block(w, x, *, cache):
+        cache.index += 1
+        return x * w
+
+    with pytest.raises(ValueError, match=r"block changes Cache\.index among its arguments, .* lost.*nnx\.Variable"):
+        checkpoint_scan(block, per_block=per_block)(jnp.ones((N, D)), x[0], cache=Cache())
+
+
 def test_a_changed_cache_that_is_returned_in_another_place_is_refused():
     def block(w, x, a, b):
         a[...] = a + x

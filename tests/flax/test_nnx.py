@@ -12,7 +12,7 @@ import optax
 import pytest
 from flax import nnx
 
-from jaxckpt import checkpoint_scan, stack_params
+from jaxckpt import checkpoint_scan, explain, stack_params
 from jaxckpt.analysis.jaxpr import equations
 from tests.support import assert_no_zero_leaf, random_like, relative_error
 
@@ -404,7 +404,68 @@ def test_sharding_metadata_gains_the_layer_axis(x):
             assert gradients["linear"]["kernel"].get_metadata()["out_sharding"] == ("layers", None, "model")
 
 
+class NoHash:
+    """A configuration that is compared and has no hash."""
+
+    def __init__(self, scale):
+        self.scale = scale
+
+    def __eq__(self, other):
+        return self.scale == other.scale
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+
+class ChangesAttributes(nnx.Module):
+    """What is static changes from call to call, as in a plain loop: a counter, a mode, a configuration, a list."""
+
+    def __init__(self, *, rngs, layer_idx=0):
+        self.linear, self.dropout = nnx.Linear(D, D, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+        self.calls, self.config, self.layer_idx = 0, NoHash(1.0), layer_idx
+        self.kept = nnx.List([])
+
+    def __call__(self, x):
+        x = x + self.config.scale * jnp.tanh(self.calls + self.dropout(self.linear(x)))
+        self.calls += 1
+        self.config = NoHash(0.5 * self.config.scale)
+        self.eval()
+        self.kept.append(nnx.Intermediate(x))
+        return x
+
+
+@pytest.mark.parametrize("setting", [{}, {"blocks_per_ckpt": 2, "policy": "cheap"}, {"engine": "reversal"}], ids=str)
+@pytest.mark.parametrize("other", [0, 1], ids=["equal", "unlike"])
+def test_static_attributes_change_as_in_the_loop(x, setting, other):
+    blocks = [ChangesAttributes(rngs=nnx.Rngs(i), layer_idx=i * other) for i in range(N)]
+    stack = checkpoint_scan(blocks, **setting)
+    first, *rest = (nnx.jit(lambda stack, x: stack(x))(stack, x) for _ in range(3))
+    np.testing.assert_allclose(first, run_loop(blocks, x), rtol=1e-5)
+    for got in rest:
+        np.testing.assert_allclose(got, run_loop(blocks, x), rtol=1e-5)
+    assert (stack.calls, stack.config.scale, stack.dropout.deterministic, len(stack.kept)) == (3, 0.125, True, 3)
+    np.testing.assert_allclose(stack.kept[2][-1], rest[-1], rtol=1e-6)
+
+
+def test_explain_changes_no_static_attribute(x):
+    stack = checkpoint_scan(ChangesAttributes, N)(rngs=nnx.Rngs(0))
+    explain(stack, x)
+    assert stack.calls == 0 and not stack.dropout.deterministic
+
+
 # Lists that are not one function.
+
+
+def test_modules_that_change_to_unlike_attributes_are_refused(x):
+    class Named(Small):
+        def __call__(self, x):
+            self.name = f"layer {self.layer_idx}"
+            return super().__call__(x)
+
+    with pytest.raises(ValueError, match=r"blocks 0 and 1 .* different functions"):
+        checkpoint_scan([Named(rngs=nnx.Rngs(i), layer_idx=i) for i in range(N)])(x)
+    stack = checkpoint_scan([Named(rngs=nnx.Rngs(i), layer_idx=7) for i in range(N)])
+    stack(x)
+    assert stack.name == "layer 7"
 
 
 def test_modules_may_differ_in_what_does_not_matter(x):

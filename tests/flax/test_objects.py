@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxckpt import checkpoint_blocks
+from jaxckpt import checkpoint_blocks, checkpoint_scan
 from tests.support import relative_error
 
 D = 4
@@ -126,3 +126,64 @@ def test_attributes_that_are_no_arrays_go_on_as_in_the_loop(blocks_per_ckpt, pol
         (got,) = checkpoint_blocks([block] * 3, jnp.ones(()), blocks_per_ckpt, policy=policy)
         assert block.calls == count
         assert got == [6, 4 * 5 * 6][count == 6]
+
+
+def _of_blocks(cls, x):
+    return checkpoint_blocks([cls(), cls()], x, 2)
+
+
+def _of_stack(cls, x):
+    return checkpoint_scan(cls, 2)()(x)
+
+
+class Makes(nnx.Module):
+    """Blocks that do to an attribute what cannot be done to the object itself once the trace has ended."""
+
+    def __init__(self):
+        self.inner = nnx.Dict(mode="a", w=nnx.Param(jnp.ones(())))
+
+
+class Deletes(Makes):
+    def __call__(self, x):
+        del self.inner.mode
+        return x
+
+
+class SetsAnArray(Makes):
+    def __call__(self, x):
+        self.last = jnp.sin(x)
+        return x
+
+
+class SetsADictionary(Makes):
+    def __call__(self, x):
+        self.last = {"x": jnp.sin(x)}
+        return x
+
+
+class MakesALayer(Makes):
+    def __call__(self, x):
+        self.layer = nnx.Linear(D, D, rngs=nnx.Rngs(0))
+        return self.layer(x)
+
+
+class DropsAVariable(Makes):
+    def __call__(self, x):
+        self.inner.w = 3.0
+        return x
+
+
+@pytest.mark.parametrize("run", [_of_blocks, _of_stack])
+@pytest.mark.parametrize(
+    "cls, said",
+    [
+        (Deletes, r"Deletes\.inner\.mode is deleted"),
+        (SetsAnArray, r"SetsAnArray\.last is set to what holds arrays"),
+        (SetsADictionary, r"SetsADictionary\.last is set to what holds arrays"),
+        (MakesALayer, r"MakesALayer\.layer becomes of type Linear"),
+        (DropsAVariable, r"DropsAVariable\.inner\.w becomes of type float"),
+    ],
+)
+def test_changes_of_attributes_that_would_be_lost_are_refused(run, cls, said):
+    with pytest.raises(ValueError, match=rf"{said} while a block runs, and that would be lost: .*__init__.*nnx\.Variable"):
+        run(cls, x)
