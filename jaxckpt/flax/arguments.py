@@ -31,6 +31,7 @@ def run_and_write_back(
     names: Names,
     initializes: bool = False,
     watched: slice = slice(-1, None),
+    held: Slots = (),
 ) -> Stacked:
     """`run_stack`; then what blocks changed in variables of their arguments and of the carry is in those that were given.
 
@@ -38,9 +39,11 @@ def run_and_write_back(
         xs: the last of it are the per-block arguments.
         initializes: as in `run_stack`.
         watched: those of `xs` that the block itself is given.
+        held: variables that the block has beside.
     Raises:
         ValueError: a block changes a per-block argument that is no variable, or a variable of the carry that it does not
-            return, or gives an argument a variable that it did not have, or changes what in an argument is static.
+            return, or gives an argument a variable that it did not have, or changes what in an argument is static; or it
+            changes a variable that it has twice.
     """
     advanced: list[int] = []
 
@@ -61,8 +64,10 @@ def run_and_write_back(
     own, carried, last = _of_block(xs[watched]), _of_carry(carry, names), _of_carry(_as_tuple(out.carry, carry), names)
     new = [(*own[int(i)], value) for i, value in changed.items()]
     new += [(*carried[i], last[i][1].get_value()) for i in advanced]
-    _check_given_once(
-        [(path, variable) for path, variable, _ in new], [*own, *carried, *_slots(shared, jax.tree_util.keystr)], names
+    check_given_once(
+        [(path, variable) for path, variable, _ in new],
+        [*own, *carried, *_slots(shared, jax.tree_util.keystr), *held],
+        names,
     )
     for _, variable, value in new:
         variable.set_value(value)
@@ -83,6 +88,11 @@ def _of_block(xs: tuple) -> Slots:
 
 def _of_carry(carry: tuple, names: Names) -> Slots:
     return _slots(carry, lambda path: names.leaf(path[0].idx, path[1:]))
+
+
+def slots_of(carry: tuple, keywords: dict[str, Any], names: Names) -> Slots:
+    """The slots of a call's arguments."""
+    return [*_of_carry(carry, names), *_slots(keywords, jax.tree_util.keystr)]
 
 
 def _slots(tree: Any, name: Callable[[Any], str]) -> Slots:
@@ -125,13 +135,13 @@ def _different(before: Slots, after: Slots) -> list[str]:
     return [path for path in a | b if a.get(path) is not b.get(path)]
 
 
-def _check_given_once(changed: Slots, given: Slots, names: Names) -> None:
+def check_given_once(changed: Slots, given: Slots, names: Names, what: str = "its argument at ") -> None:
     """Refuses a change of a variable that a block has twice, as two copies."""
     for path, variable in changed:
         if twice := [other for other, slot in given if slot is variable and other != path]:
             raise ValueError(
-                f"{names.block} changes its argument at {path}, which it is given a second time, at {twice[0]}, and blocks "
-                "are given copies. Pass it once"
+                f"{names.block} changes {what}{path}, which it is given a second time, at {twice[0]}, and blocks are given "
+                "copies. Pass it once, and what a block has by itself not at all"
             )
 
 

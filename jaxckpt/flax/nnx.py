@@ -19,7 +19,7 @@ from jaxckpt._setting import Setting
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.engine import check
 from jaxckpt.engine.stack import per_block_of
-from jaxckpt.flax.arguments import run_and_write_back
+from jaxckpt.flax.arguments import check_given_once, run_and_write_back, slots_of
 from jaxckpt.flax.objects import attributes, changed_static, is_equal, static_attributes, update_static, update_variables
 
 
@@ -123,6 +123,10 @@ def _run(
     graphdef, state = nnx.split(stack)
     stacked_length(state, setting.length, f"{names.block}: the stack's state", STACK_THEM)
     check_alike(graphdef, jx.slice_types((state, per_block)), carry, shared)
+    held = {
+        path: (f"self{_dotted(path)}", slot) for path, slot in nnx.to_flat_state(state) if isinstance(slot, nnx.Variable)
+    }
+    given = slots_of(carry, keywords, names)
     static: dict[tuple, Any] = {}
 
     def call(x, carry, shared):
@@ -130,9 +134,12 @@ def _run(
         state, per_block = x
         one = _one_block(block, setting, graphdef, state)
         returned, static = _and_static(method, one, *carry, **shared, **per_block)
-        return returned, nnx.split(one)[1]
+        after = nnx.split(one)[1]
+        check_given_once([held[path] for path in _changed(state, after) if path in held], given, names, what="")
+        return returned, after
 
-    out = run_and_write_back(call, setting, setting.length, (state, per_block), carry, shared, names)
+    xs, beside = (state, per_block), list(held.values())
+    out = run_and_write_back(call, setting, setting.length, xs, carry, shared, names, held=beside)
     update_variables(stack, _changed(state, add_layer_axis(out.extra, setting.partition_name)))
     update_static((stack,), static)
     return (out.carry, out.aux) if setting.has_aux else out.carry
@@ -156,6 +163,10 @@ def _changed(before: nnx.State, after: nnx.State) -> dict[tuple, Any]:
     """The variables that blocks changed, and those they made (`sow`), by path."""
     old = dict(nnx.to_flat_state(before))
     return {path: new for path, new in nnx.to_flat_state(after) if path not in old or not same_leaves(old[path], new)}
+
+
+def _dotted(path: tuple) -> str:
+    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)
 
 
 def _check_unshared(blocks: list[nnx.Module]) -> None:

@@ -246,6 +246,40 @@ def test_a_changed_cache_that_is_given_twice_is_refused_wherever_it_is_given():
     assert not cache[...].any() and not caches[...].any()
 
 
+class Counts(nnx.Module):
+    """A block that changes its own variable, or the one that it is given."""
+
+    def __init__(self, rngs=None):
+        self.inner = nnx.List([nnx.Dict(n=nnx.Variable(jnp.zeros(())))])
+
+    def __call__(self, x, *, n, own=False, given=False):
+        if own:
+            self.inner[0].n[...] = self.inner[0].n + 1
+        if given:
+            n[...] = n + 10
+        return x + n[...].sum()
+
+
+@pytest.mark.parametrize("per_block", [(), ("n",)], ids=["shared", "per block"])
+def test_a_variable_of_the_stack_itself_among_its_arguments_is_refused_where_it_changes(per_block):
+    """It is one object in the loop; of two copies one change would be lost, without a word."""
+    stacks = [
+        checkpoint_scan(Counts, N, per_block=per_block)(rngs=nnx.Rngs(0)),
+        checkpoint_scan([Counts() for _ in range(N)], per_block=per_block),
+    ]
+    for stack in stacks:
+        n = stack.inner[0].n
+        for own in (True, False) if per_block else (True,):  # a change of what is shared is refused in other words
+            said = r"self\.inner\[0\]\.n, .* second time, at \['n'\]" if own else r"at \['n'\], .* at self\.inner\[0\]\.n"
+            with pytest.raises(ValueError, match=rf"Counts changes .*{said}.*Pass it once"):
+                stack(x, n=n, own=own, given=bool(per_block))
+            assert not n[...].any()
+        np.testing.assert_array_equal(stack(x, n=n), x)
+        other = nnx.Variable(jnp.zeros(N))
+        stack(x, n=other, own=True, given=bool(per_block))
+        np.testing.assert_array_equal((n[...], other[...]), (np.ones(N), np.full(N, 10.0 * len(per_block))))
+
+
 @pytest.mark.parametrize("per_block", [(), ("cache",)], ids=["shared", "per block"])
 def test_a_change_of_what_is_static_in_an_argument_is_refused(per_block):
     class Cache(nnx.Module):
