@@ -23,27 +23,27 @@ from jaxckpt._setting import Setting
 from jaxckpt.engine import check
 from jaxckpt.engine.stack import per_block_of
 from jaxckpt.flax.arguments import run_and_write_back
+from jaxckpt.flax.classes import stack_class
 
 
 @functools.lru_cache(1024)  # so that equal stacks are equal modules
 def linen_stack(block: type[nn.Module], setting: Setting) -> type[nn.Module]:
-    """The class of a stack of `block`s: its fields are the block's, its name is that of `nn.scan`, `ScanBlock`."""
+    """The class of a stack of `block`s, whose fields are the block's."""
     method = check.method_of(block, setting.call)
     names = check.names_of(method, block.__name__, skip=1)
 
     def __call__(self, /, *carry: Any, **keywords: Any) -> Any:
         return _run(self, block, method, setting, names, carry, keywords)
 
-    doc = f"A checkpointed stack of {setting.length} `{block.__name__}`s; made by `jaxckpt.checkpoint_scan`."
     # The block's own `setup` must not run in the stack's scope: its parameters have no layer axis.
-    body = {"__call__": __call__, "setup": nn.Module.setup, "__doc__": doc, "__module__": block.__module__}
-    return type(f"Scan{block.__name__}", (block,), body)
+    body = {"__call__": __call__, "setup": nn.Module.setup}
+    return stack_class(block, setting.length, body, passed_on=[field.name for field in dataclasses.fields(block)])
 
 
 def linen_stack_instance(block: nn.Module, setting: Setting) -> nn.Module:
     """The stack of `setting.length` modules like `block`; an explicit name goes over to it at top level."""
     name = {"name": block.name} if block.parent is None else {}
-    return linen_stack(type(block), setting)(**_fields(block), **name)
+    return linen_stack(type(block), setting)(**_fields(block, type(block)), **name)
 
 
 def _run(
@@ -66,7 +66,7 @@ def _run(
     _check_unbound(keywords, names)
     # Block i draws from fold_in(stack.make_rng(name), i): the same in the re-run, and whatever the chunks.
     rngs = {name: _per_block_keys(stack.make_rng(name), setting.length) for name in scope.rngs}
-    fields = _fields(stack)
+    fields = _fields(stack, block)
 
     def call(x, carry, shared):
         variables, rngs, per_block = x
@@ -115,8 +115,8 @@ def _check_unbound(keywords: dict[str, Any], names: check.Names) -> None:
                 )
 
 
-def _fields(module: nn.Module) -> dict[str, Any]:
-    """The constructor arguments of `module`, with modules among them cut loose from where they are bound."""
+def _fields(module: nn.Module, block: type[nn.Module]) -> dict[str, Any]:
+    """The constructor arguments of `block` in `module`, with modules among them cut loose from where they are bound."""
 
     copies: dict[int, nn.Module] = {}
 
@@ -130,7 +130,7 @@ def _fields(module: nn.Module) -> dict[str, Any]:
             )
         return copies.setdefault(id(value), value.unbind()[0])  # one module in two fields stays one
 
-    values = {f.name: getattr(module, f.name) for f in dataclasses.fields(module) if f.init}
+    values = {f.name: getattr(module, f.name) for f in dataclasses.fields(block) if f.init}
     return {
         name: jax.tree.map(unbound, value, is_leaf=lambda leaf: isinstance(leaf, nn.Module))
         for name, value in values.items()

@@ -20,6 +20,7 @@ from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.engine import check
 from jaxckpt.engine.stack import per_block_of
 from jaxckpt.flax.arguments import check_given_once, run_and_write_back, slots_of
+from jaxckpt.flax.classes import stack_class
 from jaxckpt.flax.objects import attributes, changed_static, is_equal, static_attributes, update_static, update_variables
 
 
@@ -65,19 +66,7 @@ def _stack_class(
     def __call__(self, /, *carry: Any, **keywords: Any) -> Any:
         return _run(self, block, method, setting, names, check_alike, carry, keywords)
 
-    def __init_subclass__(cls, **keywords: Any) -> None:
-        super(made, cls).__init_subclass__(**keywords)  # pyright: ignore[reportArgumentType]
-        inside = [name for name in vars(cls) if not name.startswith(("__", "_pytree")) and hasattr(block, name)]
-        if inside:
-            raise TypeError(
-                f"{cls.__name__} overrides {', '.join(inside)} of {block.__name__}, and the blocks of a stack are of class "
-                f"{block.__name__}, which would not see it: override it in a subclass of that, and stack the subclass"
-            )
-
-    doc = f"A checkpointed stack of {setting.length} `{block.__name__}`s; made by `jaxckpt.checkpoint_scan`."
-    body = {**body, "__call__": __call__, "__init_subclass__": classmethod(__init_subclass__)}
-    made = type(f"Scan{block.__name__}", (block,), {**body, "__doc__": doc, "__module__": block.__module__})
-    return made
+    return stack_class(block, setting.length, {**body, "__call__": __call__})
 
 
 def _create(block: type[nnx.Module], setting: Setting, args: tuple, kwargs: dict[str, Any]) -> nnx.Module:

@@ -1011,3 +1011,44 @@ def test_generic_blocks():
 
     x = jnp.ones((2, 4))
     assert checkpoint_scan(Block[int], 3)().init_with_output(jax.random.key(0), x)[0].shape == x.shape
+
+
+def test_a_subclass_of_a_stack_cannot_override_what_the_blocks_do(x):
+    class Scaled(nn.Module):
+        scale: float = 1.0
+
+        def setup(self):
+            self.dense = nn.Dense(D)
+
+        def half(self, x):
+            return 0.5 * self.scale * x
+
+        def __call__(self, x):
+            return self.half(self.dense(x))
+
+    stack = checkpoint_scan(Scaled, 3)
+    with pytest.raises(TypeError, match=r"Doubles overrides half of Scaled.*are of class Scaled.*stack the subclass"):
+
+        class Doubles(stack):
+            def half(self, x):
+                return 2.0 * x
+
+    with pytest.raises(TypeError, match=r"Deeper overrides setup of Scaled.*stack the subclass"):
+
+        class Deeper(stack):
+            def setup(self):
+                self.other = nn.Dense(D)
+
+    class Larger(stack):
+        """Fields go over to the blocks, and around the stack all is free."""
+
+        scale: float = 2.0
+        factor: float = 3.0
+
+        def __call__(self, x):
+            return self.factor * super().__call__(x)
+
+    variables = Larger().init(KEY, x)
+    np.testing.assert_allclose(Larger().apply(variables, x), 3.0 * stack(scale=2.0).apply(variables, x), rtol=1e-6)
+    assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, stack().init(KEY, x))
+    nn.jit(nn.remat(stack))().init(KEY, x)
