@@ -13,6 +13,7 @@ from jaxckpt import Plan, checkpoint_scan, explain, plan
 from jaxckpt._plan import Knobs, StackPlan, under
 from jaxckpt.engine.stack import described
 from jaxckpt.memory.explain import observe
+from tests.support import relative_error
 
 N, D = 4, 8
 x = jnp.linspace(-1.0, 1.0, 6 * D).reshape(6, D)
@@ -121,6 +122,36 @@ def test_an_evaluation_that_the_loss_does_not_depend_on(found):
     ):
         with pytest.raises(ValueError, match="the plan is for another stack"):
             call()
+
+
+def in_scan(run, w):
+    return jax.lax.scan(lambda c, _: (c * jnp.sum(w**2), run(w)), 1.0, None, length=2)
+
+
+def in_carry_of_scan(run, w):
+    return jax.lax.scan(lambda c, _: ((c[0] * jnp.sum(w**2), c[1] + run(w)), None), (1.0, 0.0), None, length=2)[0]
+
+
+def in_checkpoint(run, w):
+    return jax.checkpoint(lambda w: (jnp.sum(w**2), run(w)))(w)
+
+
+def in_cond(run, w):
+    return jax.lax.cond(w[0, 0, 0] < 9.0, lambda w: (jnp.sum(w**2), run(w)), lambda w: (w.sum(), 0.0), w)
+
+
+def in_a_stack(run, w):
+    stack = checkpoint_scan(lambda w, c: (c * jnp.sum(w**2), run(jnp.stack([w] * N))), has_aux=True, engine="reversal")
+    return stack(w, 1.0)
+
+
+@pytest.mark.parametrize("where", [in_scan, in_carry_of_scan, in_checkpoint, in_cond, in_a_stack])
+def test_a_metric_that_nobody_differentiates_needs_no_stop_gradient(found, where):
+    """Its cotangent is no zero array in any of these: JAX, and the reversal engine, know that there is none."""
+    pinned = checkpoint_scan(block, plan=found)
+    got = jax.grad(lambda w: where(lambda w: pinned(w, x[:3]).sum(), w), has_aux=True)(w)
+    want = jax.grad(lambda w: where(lambda w: checkpoint_scan(block)(w, x[:3]).sum(), w), has_aux=True)(w)
+    assert relative_error(got, want) < 1e-6
 
 
 def test_a_plan_is_loaded_for_around(found, tmp_path):

@@ -1,6 +1,8 @@
 """Guards of what cannot be differentiated, or once only, in reverse: they say so in our words.
 
 The tangent of what is guarded is refused where it is used, not where it is made: what `jax.lax.stop_gradient` drops is fine.
+So is what has no part in the loss, a metric in an inner loop say: loops, branches and checkpoints know that its cotangent is
+zero, and do not transpose its tangent. An array of zeros, which a `custom_vjp` around it makes, is refused as any other.
 """
 
 import functools
