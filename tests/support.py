@@ -3,9 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+
+from jaxckpt import checkpoint_scan
 
 # Compiler options for programs that run once: compiling them is what takes the time, and this halves it on JAX 0.10.2, the
 # only one that has both options.
@@ -45,6 +49,21 @@ def relative_error(got: Any, want: Any) -> float:
     scale = max(float(jnp.max(jnp.abs(w))) for _, w in pairs)
     assert scale > 0, "the reference is all zero and shows nothing"
     return max(float(jnp.max(jnp.abs(g - w))) for g, w in pairs) / scale
+
+
+def assert_flax_stacks_are_the_loop(
+    linen: type[nn.Module], module: type[nnx.Module], block: Callable[..., Any], params: Any, x: Any, **knobs: Any
+) -> None:
+    """Stacks of Linen and NNX modules with one parameter `w` compute what the loop over `block(w, x)` does, to 1e-12."""
+    length = len(params)
+    stack = checkpoint_scan(linen, length, **knobs)()
+    graphdef, state = nnx.split(checkpoint_scan(module, length, **knobs)(rngs=nnx.Rngs(0)))
+    state["w"][...] = params
+    want = pull_back(lambda w, x: plain_loop(block, w, x), params, x)
+    of_linen = pull_back(lambda w, x: stack.apply({"params": {"w": w}}, x), params, x)
+    value, (of_state, of_x) = pull_back(lambda state, x: nnx.merge(graphdef, state)(x), state, x)
+    assert relative_error(of_linen, want) < 1e-12
+    assert relative_error((value, (of_state["w"][...], of_x)), want) < 1e-12
 
 
 def assert_no_zero_leaf(tree: Any) -> None:

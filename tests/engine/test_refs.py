@@ -9,7 +9,7 @@ from flax import nnx
 from jax import lax
 
 from jaxckpt import checkpoint_blocks, checkpoint_scan, explain
-from tests.support import assert_no_zero_leaf, plain_loop, pull_back, relative_error
+from tests.support import assert_flax_stacks_are_the_loop, assert_no_zero_leaf, plain_loop, pull_back, relative_error
 
 LENGTH, WIDTH = 4, 3
 PARAMS, X = (
@@ -91,14 +91,7 @@ class NNXBlock(nnx.Module):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("knobs", [{"policy": "everything"}, {"engine": "reversal"}])
 def test_flax(knobs):
-    stack = checkpoint_scan(LinenBlock, LENGTH, **knobs)()
-    graphdef, state = nnx.split(checkpoint_scan(NNXBlock, LENGTH, **knobs)(rngs=nnx.Rngs(0)))
-    state["w"][...] = PARAMS
-    want = pull_back(lambda w, x: plain_loop(pure, w, x), PARAMS, X)
-    linen = pull_back(lambda w, x: stack.apply({"params": {"w": w}}, x), PARAMS, X)
-    value, (of_state, of_x) = pull_back(lambda state, x: nnx.merge(graphdef, state)(x), state, X)
-    assert relative_error(linen, want) < 1e-12
-    assert relative_error((value, (of_state["w"][...], of_x)), want) < 1e-12
+    assert_flax_stacks_are_the_loop(LinenBlock, NNXBlock, pure, PARAMS, X, **knobs)
 
 
 def test_explain():
