@@ -44,11 +44,18 @@ def save(path: Path, what: str, items: list[dict[str, Any]]) -> None:
     path.write_text(json.dumps({what: items}, indent=1) + "\n")
 
 
-def write_section(name: str, text: str, readme: Path) -> None:
-    """Writes `text` into the README between the marks of the benchmark `name`, at the end if it has none yet."""
-    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-    readme.parent.mkdir(parents=True, exist_ok=True)
-    before, _, rest = readme.read_text().partition(begin) if readme.exists() else ("# Benchmarks\n\n", "", "")
+def write_section(name: str, text: str, out: Path) -> None:
+    """Writes the tables of the benchmark `name` where its results are.
+
+    Those of this repository's results stand in the README of the benchmarks, between marks, at the end where they are new;
+    those of another folder in a file there, `NAME.md`.
+    """
+    if out.resolve() != RESULTS.resolve():
+        out.mkdir(parents=True, exist_ok=True)
+        (out / f"{name}.md").write_text(f"{text.strip()}\n")
+        return
+    readme, begin, end = RESULTS.parent / "README.md", f"<!-- {name} -->", f"<!-- end of {name} -->"
+    before, _, rest = readme.read_text().partition(begin)
     readme.write_text(f"{before.rstrip()}\n\n{begin}\n\n{text.strip()}\n\n{end}{rest.partition(end)[2] or chr(10)}")
 
 

@@ -57,7 +57,7 @@ def main() -> None:
                 run["rows"].append({**row, "title": stack.title, **compiled(system, stack, options.target)})
             save(path, "runs", sorted(runs, key=key))
     text = "\n\n".join([INTRODUCTION, *map(table, sorted(runs, key=key))])
-    write_section("depth_scaling", text, options.out.parent / "README.md")
+    write_section("depth_scaling", text, options.out)
     print(table(run))
 
 

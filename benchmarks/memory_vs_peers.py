@@ -178,10 +178,10 @@ def forward_runs(system: System, stack: Stack) -> float:
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Writes the JSON, and the tables into the README."""
+    """Writes the JSON and the tables."""
     save(path, "rows", sorted(rows, key=key))
     shown = [row for row in rows if row["workload"] in SHOWN]
-    write_section("memory_vs_peers", "\n\n".join([INTRODUCTION, *tables(shown)]), path.parent.parent / "README.md")
+    write_section("memory_vs_peers", "\n\n".join([INTRODUCTION, *tables(shown)]), path.parent)
 
 
 INTRODUCTION = """## Memory of one training step, by system

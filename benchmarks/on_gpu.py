@@ -99,12 +99,9 @@ def _refused(why: str) -> int:
 
 
 def write_tables(out: Path) -> int:
-    """The tables of a folder, printed, beside its results, and in the README of the benchmarks where it is theirs."""
+    """The tables of a folder, printed, and where `write_section` writes them."""
     text = _gpu_report.section(out)
-    if out.resolve() == RESULTS:
-        write_section("on_gpu", text, RESULTS.parent / "README.md")
-    else:
-        (out / "on_gpu.md").write_text(text + "\n")
+    write_section("on_gpu", text, out)
     print(text)
     return 0
 

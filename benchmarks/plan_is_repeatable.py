@@ -57,7 +57,7 @@ def main() -> None:
                 rows[key] = {**dict(zip(KEYS, key, strict=True)), **found}
                 save(path, "plans", [rows[k] for k in sorted(rows)])
     text = "\n\n".join([INTRODUCTION, *tables(list(rows.values()))])
-    write_section("plan_is_repeatable", text, path.parent.parent / "README.md")
+    write_section("plan_is_repeatable", text, options.out)
     print(text)
 
 

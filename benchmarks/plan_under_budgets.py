@@ -51,9 +51,7 @@ def main() -> None:
             found[key] = {"workload": name, "target": target, "jax": jax.__version__, **planned(name, target, options.alone)}
             entries = [found[k] for k in sorted(found)]
             save(path, "workloads", entries)
-            write_section(
-                "plan_under_budgets", "\n\n".join([INTRODUCTION, *map(table, entries)]), path.parent.parent / "README.md"
-            )
+            write_section("plan_under_budgets", "\n\n".join([INTRODUCTION, *map(table, entries)]), options.out)
     print("\n\n".join(table(found[key]) for key in sorted(found)))
 
 

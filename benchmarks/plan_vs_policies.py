@@ -42,7 +42,7 @@ def main() -> None:
         entries = [found[key] for key in sorted(found)]
         save(path, "workloads", entries)
         text = "\n\n".join([INTRODUCTION, *map(table, entries)])
-        write_section("plan_vs_policies", text, path.parent.parent / "README.md")
+        write_section("plan_vs_policies", text, options.out)
         print(table(entry))
 
 

@@ -69,7 +69,7 @@ def main() -> None:
     race["rows"] = [*rows.values()]
     races = [other for other in races if key(other) != key(race)] + [race]
     save(path, "races", sorted(races, key=key))
-    write_section("time_vs_peers", section(races), options.out.parent / "README.md")
+    write_section("time_vs_peers", section(races), options.out)
     print(table(race))
 
 
