@@ -24,10 +24,8 @@ import jaxckpt
 from jaxckpt import checkpoint_scan, explain, measure, targets
 from jaxckpt._sizes import size_text
 from jaxckpt.analysis import jaxpr as jx
+from jaxckpt.analysis.cost import step_seconds
 from jaxckpt.memory.calibrate import calibrate, rates_of
-
-_OF_BACKWARD = 2.0
-
 
 # --- about the machine ----------------------------------------------------------------------------------------------------
 
@@ -166,14 +164,14 @@ def written(job: Job, plan: Row) -> Path:
 
 
 def model_seconds(stack: Stack, setting: str, target: str) -> float | None:
-    """What the time model says of a step: three forward passes, what is run again, and what goes to the host and back."""
+    """What the time model says of a step."""
     run = checkpoint_scan(stack.apply, **knobs_of(setting, stack))
     params, carry, shared = stack.arguments()
     found = explain(run, params, *carry, target=target, **shared)
     if not found.forward_seconds or found.forward_runs is None:
         return None
-    host = 2 * found.host_bytes / rates_of(targets.get(target)).host_bandwidth
-    return found.length * found.forward_seconds * (found.forward_runs + _OF_BACKWARD) + host
+    where = rates_of(targets.get(target))
+    return step_seconds(found.length, found.forward_seconds, found.forward_runs, where, host_bytes=found.host_bytes)
 
 
 # --- (a) peaks ------------------------------------------------------------------------------------------------------------

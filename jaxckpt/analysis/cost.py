@@ -87,6 +87,24 @@ CPU = Rates(
 )
 
 
+_OF_BACKWARD = 2.0  # forward passes that differentiating a block takes
+
+
+def step_seconds(
+    blocks: int, forward_seconds: float, forward_runs: float, rates: Any, host_bytes: float = 0, fresh_bytes: float = 0
+) -> float:
+    """What a training step of a stack takes: its blocks are run, differentiated, and what is stored is moved.
+
+    Arguments:
+        forward_seconds: of one run of one block. forward_runs: of each block, in the step.
+        rates: as in `cost`.
+        host_bytes: that go to the host and come back.
+        fresh_bytes: that are stored in memory which is touched for the first time.
+    """
+    moved = fresh_bytes / getattr(rates, "fresh_bandwidth", float("inf")) + 2 * host_bytes / rates.host_bandwidth
+    return blocks * forward_seconds * (forward_runs + _OF_BACKWARD) + moved
+
+
 class Cost(NamedTuple):
     """Seconds, and whether a primitive that the table does not know is in them."""
 

@@ -24,6 +24,7 @@ from jaxckpt._plan import Knobs
 from jaxckpt._setting import with_knobs
 from jaxckpt.analysis import inlining, numbering
 from jaxckpt.analysis import jaxpr as jx
+from jaxckpt.analysis.cost import step_seconds
 from jaxckpt.analysis.stages import find_cuts, pieces_between
 from jaxckpt.analysis.tradeoff import Choice, Tradeoff, tradeoff_of
 from jaxckpt.engine.run import Run
@@ -31,7 +32,6 @@ from jaxckpt.engine.schedule import whole_runs
 from jaxckpt.engine.stack import described
 from jaxckpt.memory.targets import Target
 
-_OF_BACKWARD = 2.0  # forward passes that differentiating a block takes
 _SNAPSHOTS = (2, 3, 4, 5, 7, 9, 12, 16, 24)
 
 
@@ -194,9 +194,7 @@ class Stack:
         again = 0.0 if choice.bytes >= self.trade.wanted_bytes else choice.rerun_seconds - self.trade.floor_seconds
         again *= 2 if knobs.stages and knobs.policy != "everything" else 1
         runs = whole_runs(length, per_chunk, knobs.snapshots, knobs.engine) + max(0.0, again) / (forward or 1.0)
-        moved = (stored - on_host) / getattr(self.rates, "fresh_bandwidth", float("inf"))
-        moved += 2 * on_host / self.rates.host_bandwidth
-        seconds = length * forward * (runs + _OF_BACKWARD) + moved
+        seconds = step_seconds(length, forward, runs, self.rates, host_bytes=on_host, fresh_bytes=stored - on_host)
         block_bytes = choice.largest_bytes
         if knobs.stages and self.pieces_bytes:
             block_bytes = min(block_bytes, self.pieces_bytes)

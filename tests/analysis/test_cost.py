@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxckpt.analysis.cost import FUSED, cost
+from jaxckpt.analysis.cost import CPU, FUSED, cost, step_seconds
 
 # A byte takes 1 s; a bfloat16 operation of the matrix units 1 s, a float32 one 4 s.
 GPU = SimpleNamespace(memory_bandwidth=1.0, matmul_rate={"bfloat16": 1.0, "float32": 0.25}, vector_rate={"float32": 0.1})
@@ -102,3 +102,11 @@ def test_branches_and_loops():
 def test_what_the_model_does_not_know_is_marked():
     shape = jax.ShapeDtypeStruct(X.shape, X.dtype)
     assert one(lambda x: jax.pure_callback(lambda x: x, shape, x), X) == (2 * X.nbytes, True)
+
+
+def test_a_step_runs_its_blocks_differentiates_them_and_moves_what_is_stored():
+    gpu = SimpleNamespace(host_bandwidth=10.0)
+    assert step_seconds(6, 2.0, 1.5, gpu) == 6 * 2.0 * (1.5 + 2)
+    assert step_seconds(6, 2.0, 1.5, gpu, host_bytes=30, fresh_bytes=100) == 42.0 + 2 * 30 / 10
+    fresh = CPU._replace(host_bandwidth=10.0, fresh_bandwidth=4.0)
+    assert step_seconds(6, 2.0, 1.5, fresh, host_bytes=30, fresh_bytes=100) == 42.0 + 2 * 30 / 10 + 100 / 4
