@@ -72,11 +72,11 @@ def checkpoint_scan(
         partition_name: the name of the layer axis in the partitioning metadata of Flax's parameters, for logical rules to
             translate, as `nn.scan` takes it under `nn.PARTITION_NAME`; None where names are those of mesh axes, and the
             layers are not split.
+        call: how a module is run as a block, where not by its `__call__`: a function `call(layer, *carry, **shared)`. In
+            Linen the layer is bound, so that its other methods work too. Stacks are equal if they have the same function.
         plan: all of the knobs in one: what `jaxckpt.plan` found, or the file it was saved to ("plan.json:NAME" where it
             has several stacks). "auto", or "auto:NAME" for one of several stacks, is for a step that is to be planned; it
             stands for the default knobs until the step is run under a plan.
-        call: how a module is run as a block, where not by its `__call__`: a function `call(layer, *carry, **shared)`. In
-            Linen the layer is bound, so that its other methods work too. Stacks are equal if they have the same function.
 
     Returns:
         The stack, or its constructor where `block` is a class.

@@ -122,7 +122,7 @@ class Explanation:
         """How often a block is run in one training step, parts of it by their share of the time; None without a target.
 
         1 without checkpointing, 2 where the whole block is run again; up to another 1 for restoring the inputs in a chunk.
-        Plans count in the same way.
+        Plans count in the same way, without what checkpoints of the block's own run again.
         """
         if not self.forward_seconds or self.rerun_seconds is None:
             return None
