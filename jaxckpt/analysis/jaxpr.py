@@ -115,8 +115,13 @@ def differentiable(fn: Callable[..., list[Any]], types: Sequence[Any]) -> list[i
             return False
         return True
 
-    inexact = _inexact(types)
-    return inexact if can_be(inexact) else [i for i in inexact if can_be([i])]
+    def among(where: list[int]) -> list[int]:  # by halves: most can be, and all at once
+        if can_be(where):
+            return where
+        half = len(where) // 2
+        return among(where[:half]) + among(where[half:]) if half else []
+
+    return among(_inexact(types))
 
 
 def _vjp(fn: Callable[..., list[Any]], inputs: Sequence[Any], where: Sequence[int]) -> tuple[list[Any], Callable[..., Any]]:

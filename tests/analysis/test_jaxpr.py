@@ -294,3 +294,24 @@ def test_same_program(a, b, same):
 def test_programs_of_other_types_differ():
     assert not jx.same_program(jx.trace(doubled, A), jx.trace(doubled, jnp.ones(4)))
     assert not jx.same_program(jx.trace(doubled, A), jx.trace(doubled, A.astype(jnp.bfloat16)))
+
+
+@pytest.mark.parametrize("closed_over, given", [(0, 1), (1, 1), (3, 2), (1, 30)])
+def test_what_a_custom_vjp_closes_over_cannot_be_differentiated(closed_over, given):
+    tables = [np.full(3, 2.0 + i, np.float32) for i in range(closed_over)]
+
+    def function(*xs):
+        return sum(xs) * sum(tables, jnp.ones(3))
+
+    run = jax.custom_vjp(function)
+    run.defvjp(lambda *xs: (function(*xs), xs), lambda xs, ct: jax.vjp(function, *xs)[1](ct))
+    (eqn,) = [e for e in jx.trace(run, *[jnp.ones(3)] * given).jaxpr.eqns if e.primitive.name.startswith("custom_vjp")]
+    calls = []
+
+    def bound(*inputs):
+        calls.append(inputs)
+        return list(eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(eqn.params)))
+
+    assert len(eqn.invars) == closed_over + given
+    assert jx.differentiable(bound, [var.aval for var in eqn.invars]) == list(range(closed_over, closed_over + given))
+    assert len(calls) <= 1 + 2 * closed_over * np.ceil(np.log2(len(eqn.invars) + 1))
