@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import flax.linen as nn
 import jax
 from flax import nnx
 from flax.errors import TraceContextError
@@ -62,8 +63,13 @@ def jitted(fn: Callable[..., Any], args: Any) -> Any:
 
 
 def with_objects(fn: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """The same call, with the NNX objects that `fn` is bound to, as a method or a `functools.partial`, as arguments."""
-    owner = getattr(fn, "__self__", None)
+    """The same call, with the NNX objects that `fn` is bound to, as a method or a `functools.partial`, as arguments.
+
+    A bound Linen module, or its method, becomes a function that has a hash.
+    """
+    owner = getattr(fn, "__self__", fn)
+    if isinstance(owner, nn.Module) and owner.scope is not None:
+        return functools.partial(fn), args
     if is_object(owner) and hasattr(fn, "__func__"):
         return fn.__func__, (owner, *args)
     if not isinstance(fn, functools.partial) or not holds_objects((fn.args, fn.keywords)):
