@@ -14,9 +14,10 @@ def stack_class(block: type, length: int | None, body: dict[str, Any], passed_on
     """
 
     def __init_subclass__(cls: type, **keywords: Any) -> None:
-        own = [name for name in vars(cls) if not name.startswith("__")]  # before Flax adds to them
+        # Before Flax adds to them, and without what a stack of stacks takes from a base: `setup`.
+        own = [name for name, value in vars(cls).items() if not any(vars(b).get(name) is value for b in cls.__mro__[1:])]
         super(made, cls).__init_subclass__(**keywords)  # pyright: ignore[reportArgumentType]
-        inside = [name for name in own if hasattr(block, name) and name not in passed_on]
+        inside = [name for name in own if hasattr(block, name) and not name.startswith("__") and name not in passed_on]
         if inside:
             raise TypeError(
                 f"{cls.__name__} overrides {', '.join(inside)} of {block.__name__}, and the blocks of a stack are of class "
