@@ -186,11 +186,21 @@ def systems(stack: Stack) -> list[System]:
         'snapshots=9, stages="auto"': {"snapshots": 9, "stages": "auto"},
         'snapshots=5, stages="auto"': {"snapshots": 5, "stages": "auto"},
         'offload_carry, stages="auto", engine="reversal"': {"offload_carry": True, "stages": "auto", "engine": "reversal"},
+        'tiles="auto", nothing': {"tiles": "auto"},
+        'tiles="auto", nothing, engine="reversal"': {"tiles": "auto", "engine": "reversal"},
+        'snapshots=5, tiles="auto"': {"snapshots": 5, "tiles": "auto"},
+        'offload_carry, tiles="auto", engine="reversal"': {"offload_carry": True, "tiles": "auto", "engine": "reversal"},
     }
     return [
         System("no checkpointing", "lax.scan", plain_scan),
         *(
-            System("jaxckpt", setting, our_stack(**knobs), "jaxckpt", any(w in setting for w in ("dots", "cheap", "stages")))
+            System(
+                "jaxckpt",
+                setting,
+                our_stack(**knobs),
+                "jaxckpt",
+                any(w in setting for w in ("dots", "cheap", "stages", "tiles")),
+            )
             for setting, knobs in ours.items()
         ),
         System("Python loop", "jax.checkpoint of each block", checkpointed_loop, is_slow=True),
@@ -215,11 +225,14 @@ def systems(stack: Stack) -> list[System]:
     ]
 
 
-def our_stack(blocks_per_ckpt: int | None = None, snapshots: int | None = None, **knobs: Any) -> Callable[[Stack], Forward]:
+def our_stack(
+    blocks_per_ckpt: int | None = None, snapshots: int | None = None, tiles: int | str | None = None, **knobs: Any
+) -> Callable[[Stack], Forward]:
     def build(stack: Stack) -> Forward:
         per_chunk = blocks_per_ckpt and min(blocks_per_ckpt, stack.chunk)  # a small stack, to compare values on
         stored = snapshots and min(snapshots, stack.length // (per_chunk or 1))
-        run = checkpoint_scan(stack.apply, blocks_per_ckpt=per_chunk, snapshots=stored, **knobs)
+        sliced = 3 if tiles == "auto" and stack.title == "small" else tiles  # which "auto" would not slice
+        run = checkpoint_scan(stack.apply, blocks_per_ckpt=per_chunk, snapshots=stored, tiles=sliced, **knobs)
         return lambda params, carry, shared: as_tuple(run(params, *carry, **shared))
 
     return build

@@ -30,6 +30,7 @@ def checkpoint_scan(
     per_block: Sequence[str] = (),
     unroll: int | bool = 1,
     stages: int | str | None = None,
+    tiles: int | str | None = None,
     snapshots: int | None = None,
     offload_carry: bool = False,
     engine: str | None = None,
@@ -62,6 +63,9 @@ def checkpoint_scan(
             not all that its backward pass wants is alive at once; each piece is run once more for it. "auto" finds the
             cuts, an integer is the number of pieces at most, "tags:z1,z2" cuts behind what `checkpoint_name` tagged so.
             Under the policy "everything" what crosses the cuts is kept.
+        tiles: computes pieces in slices along an axis of what they return, so that one slice's values are alive at once.
+            "auto": as few slices as will do, each large enough to keep a GPU busy; an integer: at most so many slices of a
+            piece. Implies `stages="auto"` where `stages` is not given; see `jaxckpt.analysis.tiles`.
         snapshots: how many inputs of chunks (of single blocks, where `blocks_per_ckpt` is not given) are stored at once,
             from 1 to the number of chunks; the others are made again from the nearest one, in the fewest runs possible
             (Griewank and Walther, Algorithm 799: Revolve, 2000). None: all of them. Implies `engine="reversal"`.
@@ -109,6 +113,7 @@ def checkpoint_scan(
         engine,
         plan,
         partition_name,
+        tiles,
     )
     setting = dataclasses.replace(setting, call=_checked_call(call))
     if isinstance(block, (list, tuple, nnx.List)):

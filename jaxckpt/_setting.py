@@ -17,6 +17,7 @@ from jaxckpt.policies.grammar import JaxPolicy, Policy, Term
 
 ENGINES = ("scan", "reversal")
 FIXED_IN = (0, 11, 1)  # the JAX that offloads through `lax.scan` rightly, see `jaxckpt.engine.offload`
+Tiles = None | Literal["auto"] | int  # slices of a piece at most
 Stages = None | Literal["auto"] | int | tuple[str, ...]  # pieces at most, or the tags to cut behind
 
 
@@ -37,6 +38,7 @@ class Setting:
     snapshots: int | None
     offload_carry: bool
     engine: str
+    tiles: Tiles = None
     partition_name: str | None = LAYERS
     call: Callable[..., Any] | None = None  # how a module is run, where not by its `__call__`
     plan: StackPlan | str | None = None  # that the knobs are of; or, of a stack that is to be planned, its name
@@ -55,12 +57,13 @@ def make_setting(
     engine: str | None = None,
     plan: "Plan | StackPlan | str | os.PathLike[str] | None" = None,
     partition_name: str | None = LAYERS,
+    tiles: int | str | None = None,
 ) -> Setting:
     """The checked knobs, with the default policy filled in: what each is allowed to be stands in its error."""
     check_partition_name(partition_name)
     if plan is not None:
         given = dict(blocks_per_ckpt=blocks_per_ckpt, policy=policy, snapshots=snapshots, stages=stages, engine=engine)
-        given["offload_carry"] = offload_carry or None
+        given |= dict(offload_carry=offload_carry or None, tiles=tiles)
         found = _planned(plan, length, has_aux, per_block, unroll, given)
         return replace(found, partition_name=partition_name)
     if length is not None and (not is_integer(length) or length < 1):
@@ -107,6 +110,7 @@ def make_setting(
         snapshots=None if snapshots is None else operator.index(snapshots),
         offload_carry=bool(offload_carry),
         engine=_engine(engine, unroll, snapshots, bool(offload_carry)),
+        tiles=_tiles(tiles),
         partition_name=partition_name,
     )
 
@@ -165,6 +169,17 @@ def _stages(given: object) -> Stages:
     raise ValueError(
         "stages, the pieces that a block is cut into, must be None, 'auto', an integer of at least 1 (pieces at most) or "
         f"tags to cut behind, as in 'tags:z1,z2'; got {given!r}"
+    )
+
+
+def _tiles(given: object) -> Tiles:
+    if given is None or (isinstance(given, str) and given == "auto"):
+        return given  # pyright: ignore[reportReturnType]
+    if is_integer(given) and given >= 1:  # pyright: ignore[reportOperatorIssue]
+        return None if given == 1 else operator.index(given)  # pyright: ignore[reportArgumentType]
+    raise ValueError(
+        "tiles, the slices in which pieces of a block are computed, must be None, 'auto' or an integer of at least 1 "
+        f"(slices at most); got {given!r}"
     )
 
 

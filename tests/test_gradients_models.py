@@ -101,7 +101,7 @@ def pairs(case):
     return frozenset(itertools.combinations(enumerate(kinds), 2))
 
 
-def pairwise_cover(cases):
+def pairwise_cover(cases, pairs=pairs):
     """Cases that together have all pairs of `cases`, chosen greedily: of equals the first, so cheap models go first."""
     left = {case: pairs(case) for case in cases}
     missing = frozenset().union(*left.values())

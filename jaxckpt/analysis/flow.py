@@ -1,5 +1,6 @@
 """How values flow through a jaxpr: which outputs are inputs, depend on them, or have a derivative in them."""
 
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -90,6 +91,38 @@ def perturbed(fn: Callable[..., list[Any]], types: Sequence[Any], where: Sequenc
     return found or [False] * len(out)
 
 
+_DERIVATIVES: weakref.WeakKeyDictionary[Any, tuple[Any, Any]] = weakref.WeakKeyDictionary()
+
+
+def derivative(eqn: Any) -> Any:
+    """The jaxpr of a `custom_jvp` and its rule: of inputs, and tangents of the inexact ones, the outputs and theirs.
+
+    None where the rule cannot be run, such as one that refuses to be differentiated. Traced once.
+    """
+    inner, rule = eqn.params["call_jaxpr"], eqn.params["jvp_jaxpr_fun"]
+    known = _DERIVATIVES.get(inner)
+    if known is None or known[0] is not rule:
+        known = _DERIVATIVES[inner] = rule, _traced_derivative(eqn)
+    return known[1]
+
+
+def _traced_derivative(eqn: Any) -> Any:
+    types = [var.aval for var in eqn.invars]
+    where = jx.inexact(types)
+    params = eqn.primitive.get_bind_params(eqn.params)
+
+    def differentiated(*inputs: Any) -> list[Any]:
+        primals, tangents = inputs[: len(types)], inputs[len(types) :]
+        call = lambda *values: eqn.primitive.bind(*replaced(primals, where, values), **params)  # noqa: E731
+        out, moved = jax.jvp(call, [primals[i] for i in where], list(tangents))
+        return [*out, *(moved[k] for k in jx.inexact(out))]
+
+    try:
+        return jx.trace(differentiated, *types, *(types[i] for i in where))
+    except Exception:  # of the user's rule
+        return None
+
+
 def dependent(jaxpr: Any, inputs: Sequence[int]) -> set[Any]:
     """The variables that depend on any of these inputs, or on a side effect."""
     found = {jaxpr.invars[i] for i in inputs}
@@ -118,3 +151,11 @@ def used(closed: Any) -> list[bool]:
         var for vars in [jaxpr.outvars, *(e.invars for e in jaxpr.eqns)] for var in vars if not isinstance(var, core.Literal)
     }
     return [var in found for var in jaxpr.invars]
+
+
+def last_uses(jaxpr: Any) -> dict[Any, int]:
+    """For each variable the last equation that uses it; for outputs the number of equations."""
+    found = {}
+    for i, eqn in enumerate(jaxpr.eqns):
+        found |= {var: i for var in eqn.invars if not isinstance(var, core.Literal)}
+    return found | {var: len(jaxpr.eqns) for var in jaxpr.outvars if not isinstance(var, core.Literal)}

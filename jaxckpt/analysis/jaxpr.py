@@ -56,8 +56,8 @@ def closes_over_ref(closed: Any) -> bool:
     return any(isinstance(value, jax.Ref) for value in _constants(closed))
 
 
-def as_function(closed: Any, first: int = 0) -> Callable[..., list[Any]]:
-    """A function of flat arguments that runs the jaxpr, under any transformation; `first` is for `as_numbered_function`."""
+def as_function(closed: Any) -> Callable[..., list[Any]]:
+    """A function of flat arguments that runs the jaxpr, under any transformation."""
     return core.jaxpr_as_fun(closed)
 
 
@@ -96,7 +96,7 @@ def vjp_of_inexact(fn: Callable[..., list[Any]], inputs: Sequence[Any]) -> tuple
     """`jax.vjp` of the outputs that have gradients, for the inputs that can have."""
     types = list(map(jax.typeof, inputs))
     try:
-        return _vjp(fn, inputs, _inexact(types))
+        return _vjp(fn, inputs, inexact(types))
     except Exception as error:
         if not _is_closed_over(error):
             raise
@@ -121,18 +121,19 @@ def differentiable(fn: Callable[..., list[Any]], types: Sequence[Any]) -> list[i
         half = len(where) // 2
         return among(where[:half]) + among(where[half:]) if half else []
 
-    return among(_inexact(types))
+    return among(inexact(types))
 
 
 def _vjp(fn: Callable[..., list[Any]], inputs: Sequence[Any], where: Sequence[int]) -> tuple[list[Any], Callable[..., Any]]:
     def of_inexact(*values):
         out = fn(*replaced(inputs, where, values))
-        return [out[k] for k in _inexact(out)]
+        return [out[k] for k in inexact(out)]
 
     return jax.vjp(of_inexact, *(inputs[i] for i in where))
 
 
-def _inexact(values: Sequence[Any]) -> list[int]:
+def inexact(values: Sequence[Any]) -> list[int]:
+    """Which values, or types, can have a gradient."""
     return [i for i, value in enumerate(values) if jnp.issubdtype(value.dtype, jnp.inexact)]
 
 
@@ -198,6 +199,11 @@ def is_batched(value: Any) -> bool:
 def inner_jaxprs(eqn: Any) -> list[Any]:
     """The jaxprs among an equation's parameters: what it calls, a loop's body, branches."""
     return [getattr(inner, "jaxpr", inner) for inner in _inner(eqn)]
+
+
+def inner_closed(eqn: Any) -> list[Any]:
+    """As `inner_jaxprs`, with their constants."""
+    return list(map(_closed, _inner(eqn)))
 
 
 def _inner(eqn: Any) -> list[Any]:

@@ -1,7 +1,9 @@
 """Which equation of a block something comes of: its number, in a name scope that survives derivatives and loops."""
 
+import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -9,13 +11,19 @@ from jax.extend import core
 
 from jaxckpt.analysis import jaxpr as jx
 
+Scope = Callable[[int], AbstractContextManager[Any]]
+_NUMBER = "jaxckpt_equation_"
 
-def as_numbered_function(closed: Any, first: int = 0) -> Callable[..., list[Any]]:
-    """As `as_function`, with everything that comes of an equation, derivatives too, in the name scope of `number_of`.
 
-    Arguments:
-        first: the number of the first equation.
-    """
+def scope(number: int) -> AbstractContextManager[Any]:
+    """The name scope in which `number_of` finds the number, for all that comes of an equation, derivatives too."""
+    return jax.named_scope(f"{_NUMBER}{number}")
+
+
+def as_function(closed: Any, numbers: Iterable[int], scope: Scope | None) -> Callable[..., list[Any]]:
+    """A function of flat arguments that runs the jaxpr, each equation in the scope of its number, if there is one."""
+    if scope is None:
+        return jx.as_function(closed)
 
     def run(*inputs: Any) -> list[Any]:
         values = dict(zip([*closed.jaxpr.constvars, *closed.jaxpr.invars], [*closed.consts, *inputs], strict=True))
@@ -23,18 +31,23 @@ def as_numbered_function(closed: Any, first: int = 0) -> Callable[..., list[Any]
         def read(var: Any) -> Any:
             return var.val if isinstance(var, core.Literal) else values[var]
 
-        for i, eqn in enumerate(closed.jaxpr.eqns, first):
-            with jax.named_scope(f"{_NUMBER}{i}"):
-                out = eqn.primitive.bind(*map(read, eqn.invars), **eqn.primitive.get_bind_params(eqn.params))
-            values.update(zip(eqn.outvars, out if eqn.primitive.multiple_results else [out], strict=True))
+        for i, eqn in zip(numbers, closed.jaxpr.eqns, strict=False):
+            with scope(i):
+                values.update(zip(eqn.outvars, run_equation(eqn, map(read, eqn.invars)), strict=True))
         return [read(var) for var in closed.jaxpr.outvars]
 
     return run
 
 
+def run_equation(eqn: Any, inputs: Iterable[Any]) -> list[Any]:
+    """An equation's outputs."""
+    out = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(eqn.params))
+    return out if eqn.primitive.multiple_results else [out]
+
+
 def residual_bytes(closed: Any) -> list[int]:
     """For each equation, the bytes that autodiff keeps of it where nothing is checkpointed."""
-    run = as_numbered_function(closed)
+    run = as_function(closed, itertools.count(), scope)
     traced = jx.trace(lambda *inputs: jax.tree.leaves(jx.vjp_of_inexact(run, inputs)[1]), *closed.in_avals).jaxpr
     made_by = {var: eqn for eqn in traced.eqns for var in eqn.outvars}
     found = [0] * len(closed.jaxpr.eqns)
@@ -42,9 +55,6 @@ def residual_bytes(closed: Any) -> list[int]:
         if (number := number_of(made_by[var])) is not None:
             found[number] += jx.nbytes(var.aval)
     return found
-
-
-_NUMBER = "jaxckpt_equation_"
 
 
 def number_of(eqn: Any) -> int | None:

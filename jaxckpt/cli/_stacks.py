@@ -78,6 +78,11 @@ def chunk_size(text: str) -> int | None:
     return int(text)
 
 
+def number_or_text(text: str) -> int | str:
+    """A number where it is one; what else is allowed, the knob says."""
+    return int(text) if text.lstrip("-").isdecimal() else text
+
+
 def refuse_sizes(options: argparse.Namespace, option: str) -> None:
     """Raises ValueError where sizes of `--model` are given beside a stack or a step of the user's that can be imported."""
     imported(getattr(options, option.removeprefix("--")), option)

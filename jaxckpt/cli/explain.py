@@ -8,7 +8,7 @@ from typing import Any
 from jaxckpt import explain as explain_stack
 from jaxckpt._progress import Progress
 from jaxckpt.cli._errors import EXPECTED, fail
-from jaxckpt.cli._stacks import add_stack_options, chosen_stack, chunk_size
+from jaxckpt.cli._stacks import add_stack_options, chosen_stack, chunk_size, number_or_text
 from jaxckpt.memory import targets
 
 
@@ -17,6 +17,8 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("explain", help=about, description=about)
     add_stack_options(parser)
     parser.add_argument("--blocks-per-ckpt", type=chunk_size, metavar="K", help="blocks of a chunk, or 'none' (default)")
+    parser.add_argument("--stages", type=number_or_text, help="'auto', a number of pieces, or tags:NAMES to cut behind")
+    parser.add_argument("--tiles", type=number_or_text, help="'auto', or the slices of a piece at most")
     parser.add_argument("--policy", help="see 'jaxckpt policies' (default: that of checkpoint_scan)")
     parser.add_argument("--target", help=f"whose times to show: {', '.join(targets.gpu_names())}, or a file")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
@@ -32,7 +34,9 @@ def run(options: argparse.Namespace) -> int:
             raise ValueError(f"--target {options.target}: its rates are not known; times are shown for GPUs by name or file")
         with Progress("explain") as progress:
             progress.doing("tracing the stack")
-            call = chosen_stack(options, blocks_per_ckpt=options.blocks_per_ckpt, policy=options.policy)
+            knobs = {name: getattr(options, name) for name in ("blocks_per_ckpt", "policy")}
+            knobs |= {name: value for name in ("stages", "tiles") if (value := getattr(options, name)) is not None}
+            call = chosen_stack(options, **knobs)
             found = explain_stack(call.stack, *call.args, target=options.target, **call.keywords)
         if options.html is not None:  # first: whoever reads the table may not read on
             options.html.write_text(found.to_html())

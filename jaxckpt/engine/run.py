@@ -1,27 +1,29 @@
 """A traced block under its knobs: what it is cut into, what it keeps, what goes through the loop; and its execution."""
 
 import dataclasses
-import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 from jax import lax
 
 from jaxckpt._leaves import replaced
 from jaxckpt._setting import Setting
-from jaxckpt.analysis import flow, inlining, numbering, tagging
+from jaxckpt.analysis import flow, tagging
 from jaxckpt.analysis import jaxpr as jx
-from jaxckpt.analysis.stages import Piece, cuts_at_tags, find_cuts, in_pieces, pieces_between
+from jaxckpt.analysis.numbering import Scope, as_function
+from jaxckpt.analysis.stages import Piece
 from jaxckpt.analysis.tradeoff import Choice, Tradeoff
 from jaxckpt.engine import check
 from jaxckpt.engine.choice import with_choice
+from jaxckpt.engine.cutting import cut
 from jaxckpt.engine.offload import guard_offload, loop_that_offloads
+from jaxckpt.engine.pieces import in_pieces
 from jaxckpt.engine.reversal import Inputs, Step, reverse_blocks
 from jaxckpt.engine.scan import scan_blocks
 from jaxckpt.engine.trace import Traced
-from jaxckpt.policies.grammar import JaxPolicy, everything, nothing
+from jaxckpt.policies.grammar import JaxPolicy
 
 
 @dataclass(frozen=True)
@@ -56,17 +58,17 @@ class Run:
         carry: list[Any],
         arrays: list[Any],
         mark: Callable[[list[Any]], list[Any]] = list,
-        as_function: Callable[[Any, int], Callable[..., list[Any]]] = jx.as_function,
+        scope: Scope | None = None,
     ) -> tuple[list[Any], list[Any]]:
         """The last carry, all its leaves, and what `computed` says, stacked.
 
         Arguments:
             constants: of the block's jaxpr.
-            as_function: makes a function of a jaxpr whose first equation is of that number in the block.
+            scope: of each equation of the block, by its number.
         """
         passed = [leaf for i, leaf in enumerate(carry) if i not in self.moving]
         inputs = Inputs(constants, mark([carry[i] for i in self.moving]), xs, [*passed, *arrays])
-        step = self._step(len(carry), as_function)
+        step = self._step(len(carry), scope)
         if self.setting.engine == "reversal":
             last, ys = reverse_blocks(step, inputs, self.length, self.setting, self.keep)
             # All that a `custom_vjp` returns has tangents, and what follows the stack may have no derivative.
@@ -83,14 +85,13 @@ class Run:
         stacked = {i: self.leaves[0][source] for i, source in self.own.items()} | dict(zip(self.computed, ys, strict=True))
         return [stacked[i] for i in sorted(stacked)]
 
-    def _step(self, carried: int, as_function: Callable[[Any, int], Callable[..., list[Any]]]) -> Step:
+    def _step(self, carried: int, scope: Scope | None) -> Step:
         """One block, for either engine; it closes over no traced value, and so not over `self`."""
-        jaxpr, pieces, moving, computed = self.closed.jaxpr, self.pieces, self.moving, self.computed
-        piece = functools.partial(jax.checkpoint, policy=nothing if self.keep is everything else self.keep, prevent_cse=True)
+        jaxpr, pieces, keep, moving, computed = self.closed.jaxpr, self.pieces, self.keep, self.moving, self.computed
 
         def step(inputs: Inputs) -> tuple[list[Any], list[Any]]:
             closed = jx.closed(jaxpr, inputs.constants)
-            block = in_pieces(closed, pieces, piece, as_function) if pieces else as_function(closed, 0)
+            block = in_pieces(closed, pieces, keep, scope) if pieces else as_function(closed, itertools.count(), scope)
             moved, shared = iter(inputs.carry), iter(inputs.shared)
             given = [next(moved if i in moving else shared) for i in range(carried)]
             out = block(*inputs.xs, *given, *shared)
@@ -145,29 +146,3 @@ def resolve(setting: Setting, closed: Any, names: check.Names) -> tuple[Any, Jax
         return closed, policy.for_tags(tags, found), chosen
     except ValueError as error:
         raise ValueError(f"{names.block}: {error}") from None
-
-
-def cut(setting: Setting, closed: Any, carried: Sequence[int], names: check.Names) -> tuple[Any, list[Piece]]:
-    """The block's jaxpr, inlined where it is cut, and the pieces; `carried` are its inputs that are the carry."""
-    if setting.stages is None:
-        return closed, []
-    if found := jx.effects(closed):
-        raise ValueError(
-            f"{names.block} has side effects ({', '.join(found)}), and stages cuts only blocks without: take debugging "
-            "output out of the block, or leave stages away"
-        )
-    flat = inlining.inlined(closed, checkpoints=True)
-    wanted = numbering.residual_bytes(flat)
-    if isinstance(setting.stages, tuple):
-        try:
-            cuts = cuts_at_tags(flat, setting.stages)
-        except ValueError as error:
-            raise ValueError(f"{names.block}: {error}") from None
-    else:
-        most = None if setting.stages == "auto" else setting.stages
-        cuts = find_cuts(flat, carried, wanted, most)
-    if not cuts:
-        asked = "tags:" + ",".join(setting.stages) if isinstance(setting.stages, tuple) else setting.stages
-        check.warn(f"{names.block}: stages={asked!r} found nothing to cut; the block stays whole")
-        return closed, []
-    return flat, pieces_between(flat, cuts, wanted)

@@ -19,8 +19,9 @@ from jaxckpt._plan import Knobs, StackPlan, active, under
 from jaxckpt._setting import Setting, check_blocks_per_ckpt, check_snapshots, with_knobs
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.engine import check, refs
+from jaxckpt.engine.cutting import cut
 from jaxckpt.engine.once import not_differentiated
-from jaxckpt.engine.run import Run, cut, resolve, resolved
+from jaxckpt.engine.run import Run, resolve, resolved
 from jaxckpt.engine.trace import Block, Traced, trace_block
 
 

@@ -30,6 +30,7 @@ from jaxckpt.engine.run import Run
 from jaxckpt.engine.schedule import whole_runs
 from jaxckpt.engine.stack import observed
 from jaxckpt.memory import targets
+from jaxckpt.memory.slices import SlicedPiece, sliced_pieces
 from jaxckpt.policies.grammar import everything
 
 
@@ -98,6 +99,7 @@ class Explanation:
             What is computed twice counts once, as XLA merges it; what derivatives compute beside the block's own values
             does not count. Loops, calls with a derivative of their own, and the block's own checkpoints count as a whole.
         whole_runs: how often all of a block is run, in the mean, see `jaxckpt.engine.schedule.whole_runs`.
+        slices: of each piece that is computed in slices, in which, see `tiles`.
         chosen: where the policy chooses by itself, what, out of what.
     """
 
@@ -116,6 +118,7 @@ class Explanation:
     rerun_seconds: float | None = None
     chosen: "Chosen | None" = None
     whole_runs: float = 1.0
+    slices: tuple[SlicedPiece, ...] = ()
 
     @property
     def forward_runs(self) -> float | None:
@@ -169,6 +172,7 @@ class Explanation:
                 f"{self.forward_seconds * 1e3:.3g} ms ({share:.0%}); forward runs of a block in a training step: "
                 f"{self.forward_runs:.2f}"
             )
+        lines += map(str, self.slices)
         if self.chosen is not None:
             corners = ", ".join(f"{size_text(size)} {rerun:.0%}" for size, rerun in self.chosen.corners)
             lines.append(
@@ -272,6 +276,7 @@ def explain(
         wanted_bytes=sum(r.bytes for r in without),
         target=None if where is None else where.name,
         chosen=_choice_of(run),
+        slices=sliced_pieces(run),
         whole_runs=whole_runs(run.length, run.setting.blocks_per_ckpt, run.setting.snapshots, run.setting.engine),
         **_seconds(in_chunk, [] if is_single else kept, wanted, gpu, bool(run.pieces) and run.keep is not everything),
     )
@@ -399,7 +404,7 @@ def _residuals(run: Run) -> list[_Residual]:
     def forward(*inputs: Any) -> list[Any]:
         rest = iter(inputs)
         given, *leaves = [[next(rest) for _ in part] for part in (constants, xs, carry, arrays)]
-        last, ys = run.execute(given, leaves[0], leaves[1], leaves[2], as_function=numbering.as_numbered_function)
+        last, ys = run.execute(given, leaves[0], leaves[1], leaves[2], scope=numbering.scope)
         return [*last, *ys]
 
     # Arrays that the block closes over are differentiated only where they are arguments of a function around the stack.
@@ -419,9 +424,20 @@ def _residuals(run: Run) -> list[_Residual]:
             number = alias.get(origin.number, origin.number)
             computes = run.closed.jaxpr.eqns[number].primitive.name
             origin = origin._replace(number=number, op=computes if origin.op in sources.WRAPPERS else origin.op)
+        aval = _as_whole(run, var.aval, origin) if origin.number is not None else var.aval
         if origin.input is None or origin.input[0] in ("carry", "x"):
-            found.append(_Residual(var.aval, origin))
+            found.append(_Residual(aval, origin))
     return found
+
+
+def _as_whole(run: Run, aval: Any, origin: sources.Origin) -> Any:
+    """The type of a value that all slices of a piece have kept, in the shape in which the block computes it."""
+    inside = {i for piece in run.pieces if piece.tiles is not None for i in piece.tiles.tiling.inside}
+    if origin.number not in inside:
+        return aval
+    blocks = aval.shape[:1] if origin.stacked else ()
+    shapes = [(*blocks, *var.aval.shape) for var in run.closed.jaxpr.eqns[origin.number].outvars]
+    return next((aval.update(shape=shape) for shape in shapes if math.prod(shape) == aval.size), aval)
 
 
 def _rows(run: Run, kept: list[_Residual], wanted: list[_Residual], alive: int, costs: list[Cost] | None) -> list[Value]:

@@ -25,7 +25,8 @@ from jaxckpt._setting import with_knobs
 from jaxckpt.analysis import inlining, numbering
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis.cost import step_seconds
-from jaxckpt.analysis.stages import find_cuts, pieces_between
+from jaxckpt.analysis.cuts import Block, find_cuts
+from jaxckpt.analysis.stages import pieces_between
 from jaxckpt.analysis.tradeoff import Choice, Tradeoff, tradeoff_of
 from jaxckpt.engine.run import Run
 from jaxckpt.engine.schedule import whole_runs
@@ -96,7 +97,7 @@ class Stack:
         """What is wanted at once in a block that is cut into stages; None where there is nothing to cut."""
         wanted = numbering.residual_bytes(flat)
         slices = len(run.leaves[0])
-        cuts = find_cuts(flat, range(slices, slices + len(run.leaves[1])), wanted)
+        cuts = find_cuts(Block(flat, range(slices, slices + len(run.leaves[1])), wanted))
         if not cuts:
             return None
         pieces = pieces_between(flat, cuts, wanted)

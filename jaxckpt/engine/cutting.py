@@ -1,0 +1,93 @@
+"""The pieces that a setting cuts a block into, and which of them are computed in slices."""
+
+import itertools
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+from jaxckpt._setting import Setting, Stages
+from jaxckpt._setting import Tiles as Most
+from jaxckpt.analysis import inlining, numbering, sources
+from jaxckpt.analysis import jaxpr as jx
+from jaxckpt.analysis.cuts import SLACK, Block, find_cuts
+from jaxckpt.analysis.stages import Piece, cuts_at_tags, pieces_between
+from jaxckpt.analysis.tiles import Tiler, Tiles
+from jaxckpt.engine import check
+
+_CANDIDATES_OF_TILES = 40  # more made the modelled peak less, and the compiled one more
+
+
+def cut(setting: Setting, closed: Any, carried: Sequence[int], names: check.Names) -> tuple[Any, list[Piece]]:
+    """The block's jaxpr, inlined where it is cut, and the pieces; `carried` are its inputs that are the carry."""
+    stages, tiles = setting.stages or ("auto" if setting.tiles else None), setting.tiles
+    if stages is None:
+        return closed, []
+    if found := jx.effects(closed):
+        knob, verb = ("tiles", "slices") if tiles else ("stages", "cuts")
+        raise ValueError(
+            f"{names.block} has side effects ({', '.join(found)}), and {knob} {verb} only blocks without: take debugging "
+            f"output out of the block, or leave {knob} away"
+        )
+    flat = inlining.inlined(closed, checkpoints=True)
+    flat = inlining.merged(flat) if tiles else flat
+    try:
+        pieces = _pieces(flat, tuple(carried), stages, tiles)
+    except ValueError as error:
+        raise ValueError(f"{names.block}: {error}") from None
+    is_whole = len(pieces) == 1 and pieces[0].tiles is None
+    if tiles and all(piece.tiles is None for piece in pieces):
+        check.warn(f"{names.block}: tiles={tiles!r} found nothing to slice{_reason(flat.jaxpr, pieces)}")
+    elif is_whole:
+        asked = "tags:" + ",".join(stages) if isinstance(stages, tuple) else stages
+        check.warn(f"{names.block}: stages={asked!r} found nothing to cut; the block stays whole")
+    return (closed, []) if is_whole else (flat, pieces)
+
+
+def _reason(jaxpr: Any, pieces: Sequence[Piece]) -> str:
+    """What is in the way of slices, for a sentence that says there are none."""
+    found = [jaxpr.eqns[i] for piece in pieces for i in piece.obstacles]
+    if not found:
+        return ": no piece of it would need less memory in slices that are large enough to keep a GPU busy"
+    largest = max(found, key=lambda eqn: sum(jx.nbytes(var.aval) for var in eqn.outvars))
+    source = sources.source_of(largest)
+    where = f", {os.path.basename(source[0])}:{source[1]}" if source else ""
+    return f": {largest.primitive.name} ({largest.outvars[0].aval.str_short()}{where}) is computed whole"
+
+
+_cache: OrderedDict[Any, list[Piece]] = OrderedDict()
+_CACHED = 64
+
+
+def _pieces(flat: Any, carried: tuple[int, ...], stages: Stages, tiles: Most) -> list[Piece]:
+    """The pieces of a block; equal blocks are looked at once, since a search for slices takes seconds."""
+    key = jx.text(flat), carried, stages, tiles
+    if key not in _cache:
+        _cache[key] = _found(flat, carried, stages, tiles)
+        if len(_cache) > _CACHED:
+            _cache.popitem(last=False)
+    _cache.move_to_end(key)
+    return _cache[key]
+
+
+def _found(flat: Any, carried: tuple[int, ...], stages: Stages, tiles: Most) -> list[Piece]:
+    wanted = numbering.residual_bytes(flat)
+    block = Block(flat, carried, wanted)
+    tiler = Tiler(flat.jaxpr, wanted, None if tiles == "auto" else tiles) if tiles else None
+    most = stages if isinstance(stages, int) else None
+    if isinstance(stages, tuple):
+        cuts = cuts_at_tags(flat, stages)
+    else:
+        cuts = find_cuts(block, most) if tiler is None else find_cuts(block, most, tiler.wants, _CANDIDATES_OF_TILES)
+    if tiler is None:
+        return pieces_between(flat, cuts, wanted)
+    pieces = pieces_between(flat, cuts, wanted, _tiles(tiler, block, cuts))
+    return [piece._replace(obstacles=tuple(tiler.obstacles(piece.begin, piece.end))) for piece in pieces]
+
+
+def _tiles(tiler: Tiler, block: Block, cuts: Sequence[int]) -> list[Tiles | None]:
+    """Of each piece the fewest slices under which no piece needs more than the one that needs most."""
+    spans = list(itertools.pairwise([0, *cuts, block.count]))
+    beside = block.beside(cuts)
+    peak = SLACK * max(tiler.wants(*span) + more for span, more in zip(spans, beside, strict=True))
+    return [tiler.fewest(*span, int(peak - more)) for span, more in zip(spans, beside, strict=True)]

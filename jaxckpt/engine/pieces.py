@@ -1,0 +1,129 @@
+"""A block run piece by piece, each piece checkpointed, some of them in slices.
+
+A piece is differentiated by running it again and then going backwards. XLA sees both in one and may begin to go backwards
+while the other half is still to be run, with both halves' values alive. So the gradients that enter a piece wait until all
+that autodiff wants of it is there: 18.75 GiB instead of 21.85 for 48 Pairformer blocks of 768 tokens (compiled for H200, JAX
+0.10.2). `optimization_barrier` would not do: it is gone when XLA puts the operations in order.
+"""
+
+import functools
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend import core
+
+from jaxckpt.analysis import jaxpr as jx
+from jaxckpt.analysis.flow import last_uses
+from jaxckpt.analysis.numbering import Scope, as_function
+from jaxckpt.analysis.stages import Piece
+from jaxckpt.engine.tiled import Flat, in_slices
+from jaxckpt.policies.grammar import JaxPolicy, everything, nothing
+
+
+def in_pieces(closed: Any, pieces: Sequence[Piece], keep: JaxPolicy, scope: Scope | None = None) -> Flat:
+    """A function of flat arguments that runs an inlined jaxpr piece by piece, each piece checkpointed.
+
+    Arguments:
+        keep: the `jax.checkpoint` policy of each piece; under `everything` what crosses the cuts is kept.
+        scope: of each equation, by its number.
+    """
+    jaxpr = closed.jaxpr
+    ends = last_uses(jaxpr)
+    policy = nothing if keep is everything else keep
+    parts = []
+    for piece in pieces:
+        eqns = jaxpr.eqns[piece.begin : piece.end]
+        made = {var: None for eqn in eqns for var in eqn.outvars}
+        used = list({v: None for eqn in eqns for v in eqn.invars if not isinstance(v, core.Literal) and v not in made})
+        out = [var for var in made if ends.get(var, -1) >= piece.end]
+        run_part = (_whole if piece.tiles is None else _sliced)(jaxpr, piece, used, out, policy, scope)
+        parts.append((jax.checkpoint(run_part, policy=policy, prevent_cse=True), used, out))
+
+    def run(*inputs: Any) -> list[Any]:
+        values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*closed.consts, *inputs], strict=True))
+        for run_part, used, out in parts:
+            values.update(zip(out, run_part(*(values[var] for var in used)), strict=True))
+        return [var.val if isinstance(var, core.Literal) else values[var] for var in jaxpr.outvars]
+
+    return run
+
+
+def _whole(jaxpr: Any, piece: Piece, used: list[Any], out: list[Any], keep: JaxPolicy, scope: Scope | None) -> Flat:
+    numbers = range(piece.begin, piece.end)
+    awaited = _awaited(jaxpr, piece.last)
+    fn = _part(jaxpr, numbers, used, [*out, *awaited], scope)
+
+    def run(*inputs: Any) -> list[Any]:
+        values = fn(*inputs)
+        return _waiting(values[: len(out)], values[len(out) :])
+
+    return run
+
+
+def _sliced(jaxpr: Any, piece: Piece, used: list[Any], out: list[Any], keep: JaxPolicy, scope: Scope | None) -> Flat:
+    """The values that are needed whole, and then the loop over slices; gradients of the loop wait for the first."""
+    assert piece.tiles is not None
+    tiling = piece.tiles.tiling
+    given = [place.of(jaxpr) for place in [*(place for place, _ in tiling.entering), *tiling.shared]]
+    before = {var for i in tiling.before for var in jaxpr.eqns[i].outvars}
+    whole = list(dict.fromkeys(var for var in [*out, *given] if var in before))
+    awaited = _awaited(jaxpr, [i for i in piece.last if i in tiling.before])
+    first = _part(jaxpr, tiling.before, used, [*whole, *awaited], scope)
+    loop = in_slices(jaxpr, out, piece.tiles, keep, scope)
+    of_loop = [var for var, axis in zip(out, tiling.axes, strict=True) if axis is not None]
+
+    def run(*inputs: Any) -> list[Any]:
+        values = first(*inputs)
+        known = dict(zip(used, inputs, strict=True)) | dict(zip(whole, values, strict=False))
+        made = dict(zip(of_loop, loop(*(known[var] for var in given)), strict=True)) | known
+        return _waiting([made[var] for var in out], values[len(whole) :])
+
+    return run
+
+
+def _part(jaxpr: Any, numbers: Sequence[int], used: list[Any], out: list[Any], scope: Scope | None) -> Flat:
+    eqns = [jaxpr.eqns[i] for i in numbers]
+    part = core.Jaxpr([], used, out, eqns, debug_info=jaxpr.debug_info)
+    return as_function(core.ClosedJaxpr(part, []), numbers, scope)
+
+
+def _awaited(jaxpr: Any, last: Sequence[int]) -> list[Any]:
+    values = [var for i in last for var in jaxpr.eqns[i].outvars if not jx.is_dropped(var)]
+    return [var for var in values if jnp.issubdtype(var.aval.dtype, jnp.inexact) and var.aval.size]
+
+
+@jax.custom_jvp
+def _waiting(values: list[Any], awaited: list[Any]) -> list[Any]:
+    return values
+
+
+@_waiting.defjvp
+def _(primals, tangents):
+    values, awaited = primals
+
+    # Under `shard_map` a tangent that is equal along an axis stays so: it does not wait for what differs there.
+    @functools.cache
+    def is_there(axes: frozenset[str]) -> jax.Array:
+        bits = [_some_bits(value) for value in awaited if jx.varying(jax.typeof(value)) <= axes]
+        return functools.reduce(operator.or_, bits, jnp.uint32(1)) != 0  # always, and XLA cannot know
+
+    def waiting(tangent: Any) -> Any:
+        if not awaited or tangent.dtype == jax.dtypes.float0:
+            return tangent
+        return jnp.where(is_there(jx.varying(jax.typeof(tangent))), tangent, 0)
+
+    return values, list(map(waiting, tangents[0]))
+
+
+def _some_bits(value: Any) -> jax.Array:
+    """The bits of a number that cannot be had before `value`: its first, or the largest along axes split over devices."""
+    spec = jax.typeof(value).sharding.spec
+    for axis in reversed(range(value.ndim)):
+        if spec[axis] is None:
+            value = lax.index_in_dim(value, 0, axis, keepdims=False)
+    number = jnp.max(jnp.real(value)).astype(jnp.float32)
+    return lax.bitcast_convert_type(number, jnp.uint32)

@@ -1,0 +1,140 @@
+"""A piece of a block, computed in slices.
+
+Slice `t` of an axis holds every `T`-th entry, `t, t + T, t + 2 T, ...`: an axis that is split over devices stays split as it
+is, and no device sends anything (contiguous slices of a sharded batch on eight devices: six all-to-alls, and 6.9 instead of
+3.8 GiB each). Where no number of slices divides the axis, what is left over is one shorter last slice.
+
+Each slice is a `jax.checkpoint`, and the slices are a `lax.scan`: forwards a slice's values are gone with it, backwards it
+is run again and differentiated before the one before. What all slices share gets a gradient from each: they are summed in
+float32 where the shared value has fewer bits. Only tangents are converted for that, in a `custom_jvp` around the loop; a
+float32 copy of the value itself would be more than what slices save where it is a vocabulary's matrix.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+from jax.extend import core
+
+from jaxckpt.analysis import slices
+from jaxckpt.analysis.numbering import Scope, run_equation
+from jaxckpt.analysis.tiles import Tiles, entries
+from jaxckpt.policies.grammar import JaxPolicy, everything, nothing
+
+Flat = Callable[..., list[Any]]
+
+
+def in_slices(jaxpr: Any, outvars: Sequence[Any], tiles: Tiles, keep: JaxPolicy, scope: Scope | None = None) -> Flat:
+    """A function of what the loop of a tiling is given, `[*entering, *shared]`; it returns what the loop makes, whole.
+
+    Arguments:
+        jaxpr: of the block, whose equations the tiling numbers.
+        outvars: of the piece.
+        keep: the `jax.checkpoint` policy of each slice.
+        scope: of each equation, by its number.
+    """
+    tiling = tiles.tiling
+    each, count, rest = entries(tiling.size, tiles.count)
+    out = [(var, axis) for var, axis in zip(outvars, tiling.axes, strict=True) if axis is not None]
+    axes = [axis for _, axis in tiling.entering]
+    of_entering: list[tuple[Any, int | None]] = [(place.of(jaxpr), axis) for place, axis in tiling.entering]
+    of_shared: list[tuple[Any, int | None]] = [(place.of(jaxpr), None) for place in tiling.shared]
+    scoped = scope or (lambda number: contextlib.nullcontext())
+
+    def body(size: int, start: int, step: int, x: tuple[Any, list[Any]], shared: list[Any]) -> list[Any]:
+        index, entering = x
+        given = dict(zip([*of_entering, *of_shared], [*entering, *shared], strict=True))
+        values: dict[Any, Any] = {}
+
+        def read(var: Any, axis: int | None) -> Any:
+            if isinstance(var, core.Literal):
+                return var.val
+            return values[var] if var in values else given[var, axis]
+
+        for i, found in tiling.inside.items():
+            eqn = jaxpr.eqns[i]
+            wished = found.inputs if found else [None] * len(eqn.invars)
+            inputs = [read(var, axis) for var, axis in zip(eqn.invars, wished, strict=True)]
+            with scoped(i):
+                made = slices.run(eqn, found, inputs, size, index, step, start=start) if found else run_equation(eqn, inputs)
+            values.update(zip(eqn.outvars, made, strict=True))
+        return [values[var] for var, _ in out]
+
+    def run(*inputs: Any) -> list[Any]:
+        entering, shared = inputs[: len(tiling.entering)], list(inputs[len(tiling.entering) :])
+        stacked = [_split(x, axis, each, count) for x, axis in zip(entering, axes, strict=True)]
+        loop = _loop(functools.partial(body, each, 0, count), keep, count)
+        found = loop((jnp.arange(count), stacked), shared)
+        whole = [_joined(y, axis) for y, (_, axis) in zip(found, out, strict=True)]
+        if not rest:
+            return whole
+        begin = each * count
+        left = [lax.slice_in_dim(x, begin, begin + rest, axis=axis) for x, axis in zip(entering, axes, strict=True)]
+        last = _loop(functools.partial(body, rest, begin, 1), keep, 1)((jnp.arange(1), [x[None] for x in left]), shared)
+        pairs = zip(whole, last, out, strict=True)
+        return [lax.concatenate([head, tail[0]], dimension=axis) for head, tail, (_, axis) in pairs]
+
+    return run
+
+
+def _split(x: Any, axis: int, each: int, count: int) -> Any:
+    """`[count, ..., each, ...]`: every `count`-th entry of the first `each * count`."""
+    x = lax.slice_in_dim(x, 0, each * count, axis=axis)
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], each, count, *x.shape[axis + 1 :]), axis + 1, 0)
+
+
+def _joined(stacked: Any, axis: int) -> Any:
+    """The opposite of `_split`."""
+    x = jnp.moveaxis(stacked, 0, axis + 1)
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+
+def _loop(body: Callable[[Any, list[Any]], list[Any]], keep: JaxPolicy, count: int) -> Callable[[Any, list[Any]], list[Any]]:
+    """A function `(xs, shared)` that runs `body` for each slice of `xs`."""
+    policy = nothing if keep is everything else keep
+    checkpoint = functools.partial(jax.checkpoint, policy=policy, prevent_cse=count == 1)
+
+    @jax.custom_jvp
+    def run(xs: Any, shared: list[Any]) -> list[Any]:
+        each = checkpoint(body)
+        return lax.scan(lambda _, x: (None, each(x, shared)), None, xs)[1]
+
+    def jvp(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[list[Any], list[Any]]:
+        leaves, tree = jax.tree.flatten(primals)
+        count_xs = len(jax.tree.leaves(primals[0]))
+        dots = jax.tree.leaves(tangents, is_leaf=lambda leaf: isinstance(leaf, SymbolicZero))
+        moving = [i for i, dot in enumerate(dots) if not isinstance(dot, SymbolicZero)]
+        of_xs = [i for i in moving if i < count_xs]
+        of_shared = [i for i in moving if i >= count_xs]
+
+        @checkpoint
+        def one(x: list[Any], x_dots: list[Any], shared: list[Any], shared_dots: list[Any]):
+            given = [*x, *shared]
+            narrow = [dot.astype(leaves[i].dtype) for i, dot in zip(of_shared, shared_dots, strict=True)]
+
+            def fn(*values: Any) -> list[Any]:
+                full = list(given)
+                for i, value in zip(moving, values, strict=True):
+                    full[i] = value
+                return body(*jax.tree.unflatten(tree, full))
+
+            return jax.jvp(fn, [given[i] for i in moving], [*x_dots, *narrow])
+
+        wide = [_widened(dots[i]) for i in of_shared]
+        xs = leaves[:count_xs], [dots[i] for i in of_xs]
+        scanned = lambda _, x: (None, one(*x, leaves[count_xs:], wide))  # noqa: E731
+        return lax.scan(scanned, None, xs)[1]
+
+    run.defjvp(jvp, symbolic_zeros=True)
+    return run
+
+
+def _widened(tangent: Any) -> Any:
+    """In float32 where it has fewer bits, so that gradients are summed in it."""
+    is_narrow = jnp.issubdtype(tangent.dtype, jnp.floating) and tangent.dtype.itemsize < 4
+    return tangent.astype(jnp.float32) if is_narrow else tangent
