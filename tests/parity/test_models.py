@@ -66,18 +66,27 @@ def compare(model, per_ckpt, policy, dtype="float64", **how):
     assert errors(got, want).within(TOLERANCE[dtype]), errors(got, want)
 
 
-@pytest.mark.parametrize(("model", "policy", "per_ckpt"), product())
+def shortened(is_long) -> list:
+    """The product, of which what takes minutes of compiling is only in the full run."""
+    return [pytest.param(*case, marks=[pytest.mark.full] if is_long(*case) else []) for case in product()]
+
+
+def is_long_in_float64(model, policy, per_ckpt) -> bool:
+    """Pair models in chunks of 3 and 6 blocks, but under two policies."""
+    return model != "transformer" and per_ckpt in (3, 6) and policy not in ("nothing", "everything")
+
+
+def is_long_in_float32(model, policy, per_ckpt) -> bool:
+    """Pair models in chunks."""
+    return model != "transformer" and per_ckpt is not None
+
+
+@pytest.mark.parametrize(("model", "policy", "per_ckpt"), shortened(is_long_in_float64))
 def test_float64_with_dropout(model, policy, per_ckpt):
     compare(model, per_ckpt, policy, with_dropout=True)
 
 
-def product_in_float32() -> list:
-    """The same; the pair models in chunks of 3 and 6 blocks, minutes of compiling, only in the full run."""
-    is_long = lambda model, per_ckpt: model != "transformer" and per_ckpt in (3, 6)  # noqa: E731
-    return [pytest.param(*case, marks=[pytest.mark.full] if is_long(case[0], case[2]) else []) for case in product()]
-
-
-@pytest.mark.parametrize(("model", "policy", "per_ckpt"), product_in_float32())
+@pytest.mark.parametrize(("model", "policy", "per_ckpt"), shortened(is_long_in_float32))
 def test_float32(model, policy, per_ckpt):
     compare(model, per_ckpt, policy, "float32")
 
