@@ -41,6 +41,7 @@ def keys_in(path):
     return [found["key"] for line in lines if "key" in (found := json.loads(line))]
 
 
+@pytest.mark.full  # two to three minutes on both cores
 def test_dry_run_goes_on_after_a_kill_and_does_nothing_twice(tmp_path):
     first = start("--out", str(tmp_path), "--dry-run")
     results = tmp_path / "on_gpu.jsonl"
