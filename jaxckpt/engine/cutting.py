@@ -14,12 +14,21 @@ from jaxckpt.analysis.cuts import SLACK, Block, find_cuts
 from jaxckpt.analysis.stages import Piece, cuts_at_tags, pieces_between
 from jaxckpt.analysis.tiles import Tiler, Tiles
 from jaxckpt.engine import check
+from jaxckpt.engine.offload import is_offloaded
+from jaxckpt.policies.grammar import JaxPolicy, nothing
 
 _CANDIDATES_OF_TILES = 40  # more made the modelled peak less, and the compiled one more
 
 
-def cut(setting: Setting, closed: Any, carried: Sequence[int], names: check.Names) -> tuple[Any, list[Piece]]:
-    """The block's jaxpr, inlined where it is cut, and the pieces; `carried` are its inputs that are the carry."""
+def cut(
+    setting: Setting, closed: Any, carried: Sequence[int], names: check.Names, keep: JaxPolicy = nothing
+) -> tuple[Any, list[Piece]]:
+    """The block's jaxpr, inlined where it is cut, and the pieces.
+
+    Arguments:
+        carried: its inputs that are the carry.
+        keep: what it offloads is not computed in slices: XLA compiles no offload in a loop within the stack's for a GPU.
+    """
     stages, tiles = setting.stages or ("auto" if setting.tiles else None), setting.tiles
     if stages is None:
         return closed, []
@@ -31,8 +40,10 @@ def cut(setting: Setting, closed: Any, carried: Sequence[int], names: check.Name
         )
     flat = inlining.inlined(closed, checkpoints=True)
     flat = inlining.merged(flat) if tiles else flat
+    offloads = tiles and setting.policy.may_offload
+    whole = frozenset(i for i, eqn in enumerate(flat.jaxpr.eqns) if is_offloaded(eqn, keep)) if offloads else frozenset()
     try:
-        pieces = _pieces(flat, tuple(carried), stages, tiles)
+        pieces = _pieces(flat, tuple(carried), stages, tiles, whole)
     except ValueError as error:
         raise ValueError(f"{names.block}: {error}") from None
     is_whole = len(pieces) == 1 and pieces[0].tiles is None
@@ -59,21 +70,21 @@ _cache: OrderedDict[Any, list[Piece]] = OrderedDict()
 _CACHED = 64
 
 
-def _pieces(flat: Any, carried: tuple[int, ...], stages: Stages, tiles: Most) -> list[Piece]:
+def _pieces(flat: Any, carried: tuple[int, ...], stages: Stages, tiles: Most, whole: frozenset[int]) -> list[Piece]:
     """The pieces of a block; equal blocks are looked at once, since a search for slices takes seconds."""
-    key = jx.text(flat), carried, stages, tiles
+    key = jx.text(flat), carried, stages, tiles, whole
     if key not in _cache:
-        _cache[key] = _found(flat, carried, stages, tiles)
+        _cache[key] = _found(flat, carried, stages, tiles, whole)
         if len(_cache) > _CACHED:
             _cache.popitem(last=False)
     _cache.move_to_end(key)
     return _cache[key]
 
 
-def _found(flat: Any, carried: tuple[int, ...], stages: Stages, tiles: Most) -> list[Piece]:
+def _found(flat: Any, carried: tuple[int, ...], stages: Stages, tiles: Most, whole: frozenset[int]) -> list[Piece]:
     wanted = numbering.residual_bytes(flat)
     block = Block(flat, carried, wanted)
-    tiler = Tiler(flat.jaxpr, wanted, None if tiles == "auto" else tiles) if tiles else None
+    tiler = Tiler(flat.jaxpr, wanted, None if tiles == "auto" else tiles, whole) if tiles else None
     most = stages if isinstance(stages, int) else None
     if isinstance(stages, tuple):
         cuts = cuts_at_tags(flat, stages)

@@ -63,21 +63,24 @@ class Guarded(NamedTuple):
 
 def loop_that_offloads(jaxpr: Any, keep: JaxPolicy) -> str | None:
     """The loop inside a block, by its source, in which `keep` offloads a value: XLA compiles no such loop for a GPU."""
-
-    def offloads(eqn: Any) -> bool:
-        tag = tagging.tag_of(eqn)
-        prim, params = (eqn.primitive, eqn.params) if tag is None else (name_p, {"name": tag})
-        return isinstance(keep(prim, *(var.aval for var in eqn.invars), **params), Offloadable)
-
     for eqn in jaxpr.eqns:
         inner = jx.inner_jaxprs(eqn)
-        if eqn.primitive.name in ("scan", "while") and any(offloads(e) for part in inner for e in jx.equations(part)):
+        if eqn.primitive.name in ("scan", "while") and any(
+            is_offloaded(e, keep) for part in inner for e in jx.equations(part)
+        ):
             source = sources.source_of(eqn)
             return f"{eqn.primitive.name} at {source[0]}:{source[1]}" if source else eqn.primitive.name
         found = next(filter(None, (loop_that_offloads(part, keep) for part in inner)), None)
         if found is not None:
             return found
     return None
+
+
+def is_offloaded(eqn: Any, keep: JaxPolicy) -> bool:
+    """Whether `keep` offloads what an equation computes."""
+    tag = tagging.tag_of(eqn)
+    prim, params = (eqn.primitive, eqn.params) if tag is None else (name_p, {"name": tag})
+    return isinstance(keep(prim, *(var.aval for var in eqn.invars), **params), Offloadable)
 
 
 def guard_offload(

@@ -111,6 +111,29 @@ def test_what_a_policy_keeps_is_kept_for_all_slices():
     assert whole.stored_bytes == sliced.stored_bytes
 
 
+def test_what_a_policy_offloads_is_computed_whole():
+    w, x = random_like((W, X))
+    found = explain(checkpoint_scan(block, tiles=4, policy="offload:logits"), w, x, mask=mask_of(x))
+    assert [(v.name, v.shape) for v in found.values if v.fate == "offloaded"] == [("logits", (T, T))]
+    assert found.slices and any("name" in whole for piece in found.slices for whole in piece.whole)
+
+
+@pytest.mark.usefixtures("x64")
+def test_integers_made_in_slices():
+    def naming(w, x):
+        x = block(w, x, mask=jnp.ones((1, T)))
+        return x, jnp.argmax(jnp.tanh(x @ w["up"]), axis=1)
+
+    w, x = in_float64((W, X))
+
+    def loss(w, x, **knobs):
+        y, names = checkpoint_scan(naming, has_aux=True, **knobs)(w, x)
+        return jnp.sum(y**2) + names.sum()
+
+    got, want = jax.value_and_grad(partial(loss, tiles=5))(w, x), jax.value_and_grad(loss)(w, x)
+    assert relative_error(got, want) < 1e-12
+
+
 @pytest.mark.usefixtures("x64")
 def test_aux_per_block_and_integers():
     def counting(w, carry, *, mask, scale, names):
