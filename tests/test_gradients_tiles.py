@@ -5,6 +5,7 @@ a part of it.
 """
 
 import itertools
+import warnings
 from functools import partial
 from typing import NamedTuple
 
@@ -12,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxckpt import explain
 from jaxckpt.analysis import tiles
 from tests.support import relative_error
 from tests.test_gradients_models import MODELS, pairwise_cover, quick_jit, reference, value_and_gradients
@@ -64,18 +64,6 @@ SHORT = list(filter(is_short, FULL))
 COVER = sorted(pairwise_cover(SHORT, pairs), key=lambda case: (list(MODELS).index(case.model), case.dropout))
 
 
-# In few of these tiny blocks nothing can be sliced that is worth it.
-pytestmark = pytest.mark.filterwarnings("ignore:.*found nothing to slice:UserWarning")
-
-
-@pytest.mark.parametrize("model", MODELS)
-def test_the_models_are_sliced(model):
-    with jax.enable_x64(True):
-        args, run_stack, _ = reference(model, False, "float64")
-        found = explain(partial(run_stack, dict(tiles=2)), args)
-        assert found.slices and found.pieces >= len(found.slices)
-
-
 @pytest.fixture(autouse=True)
 def small_slices(monkeypatch):
     """The models here are too small for slices that keep a GPU busy."""
@@ -85,7 +73,10 @@ def small_slices(monkeypatch):
 def check(case):
     with jax.enable_x64(True):
         args, run_stack, want = reference(case.model, case.dropout, "float64")
-        got = quick_jit(partial(value_and_gradients, partial(run_stack, case.knobs)))(args)
+        with warnings.catch_warnings():
+            if case.tiles == "auto":  # in a few of these tiny blocks no slices are worth it
+                warnings.filterwarnings("ignore", message=".*found nothing to slice")
+            got = quick_jit(partial(value_and_gradients, partial(run_stack, case.knobs)))(args)
         assert {leaf.dtype for leaf in jax.tree.leaves(got)} == {jnp.dtype("float64")}
         assert relative_error(got, want) < 1e-12
 
