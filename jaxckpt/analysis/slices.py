@@ -18,6 +18,7 @@ from jax.extend import core, source_info_util
 
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis import slices_table as table
+from jaxckpt.analysis.numbering import run_equation
 from jaxckpt.analysis.slices_inner import Asked, Wanted, Within, axes_of_inputs, kind_of
 from jaxckpt.analysis.slices_table import Axes, Where
 
@@ -179,8 +180,7 @@ def _evaluate(closed: Any, asked: Asked, inputs: Sequence[Any], where: Where) ->
 
 def _run_whole(eqn: Any, inputs: Sequence[Any]) -> list[Any]:
     with _context(eqn):
-        out = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(eqn.params))
-    return list(out) if eqn.primitive.multiple_results else [out]
+        return run_equation(eqn, inputs)
 
 
 _WITHIN = Within(_asked, _evaluate)

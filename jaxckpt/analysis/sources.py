@@ -124,3 +124,9 @@ def _innermost(eqn: Any, k: int) -> Any:
 
 
 _CONTROL_FLOW = ("scan", "cond")
+
+
+def place_of(eqn: Any) -> str:
+    """Where an equation comes from, as "file.py:12"; "" where that is not known."""
+    source = source_of(eqn)
+    return f"{os.path.basename(source[0])}:{source[1]}" if source else ""

@@ -1,7 +1,6 @@
 """The pieces that a setting cuts a block into, and which of them are computed in slices."""
 
 import itertools
-import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -61,8 +60,7 @@ def _reason(jaxpr: Any, pieces: Sequence[Piece]) -> str:
     if not found:
         return ": no piece of it would need less memory in slices that are large enough to keep a GPU busy"
     largest = max(found, key=lambda eqn: sum(jx.nbytes(var.aval) for var in eqn.outvars))
-    source = sources.source_of(largest)
-    where = f", {os.path.basename(source[0])}:{source[1]}" if source else ""
+    where = f", {place}" if (place := sources.place_of(largest)) else ""
     return f": {largest.primitive.name} ({largest.outvars[0].aval.str_short()}{where}) is computed whole"
 
 

@@ -21,10 +21,11 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.extend import core
 
+from jaxckpt._leaves import replaced
 from jaxckpt.analysis import slices
 from jaxckpt.analysis.numbering import Scope, run_equation
 from jaxckpt.analysis.tiles import Tiles, entries
-from jaxckpt.policies.grammar import JaxPolicy, everything, nothing
+from jaxckpt.policies.grammar import JaxPolicy
 
 Flat = Callable[..., list[Any]]
 
@@ -96,8 +97,7 @@ def _joined(stacked: Any, axis: int) -> Any:
 
 def _loop(body: Callable[[Any, list[Any]], list[Any]], keep: JaxPolicy, count: int) -> Callable[[Any, list[Any]], list[Any]]:
     """A function `(xs, shared)` that runs `body` for each slice of `xs`."""
-    policy = nothing if keep is everything else keep
-    checkpoint = functools.partial(jax.checkpoint, policy=policy, prevent_cse=count == 1)
+    checkpoint = functools.partial(jax.checkpoint, policy=keep, prevent_cse=count == 1)
 
     @jax.custom_jvp
     def run(xs: Any, shared: list[Any]) -> list[Any]:
@@ -118,10 +118,7 @@ def _loop(body: Callable[[Any, list[Any]], list[Any]], keep: JaxPolicy, count: i
             narrow = [dot.astype(leaves[i].dtype) for i, dot in zip(of_shared, shared_dots, strict=True)]
 
             def fn(*values: Any) -> list[Any]:
-                full = list(given)
-                for i, value in zip(moving, values, strict=True):
-                    full[i] = value
-                return body(*jax.tree.unflatten(tree, full))
+                return body(*jax.tree.unflatten(tree, replaced(given, moving, values)))
 
             return jax.jvp(fn, [given[i] for i in moving], [*x_dots, *narrow])
 

@@ -1,6 +1,5 @@
 """What `explain` says of pieces that are computed in slices."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,7 +68,7 @@ def _sliced(jaxpr: Any, number: int, piece: Piece) -> SlicedPiece:
     return SlicedPiece(
         number=number,
         value=tagging.tag_of(maker[out]) or maker[out].primitive.name,
-        source=_source(maker[out]),
+        source=sources.place_of(maker[out]),
         shape=out.aval.shape,
         axis=axes[out],
         size=tiling.size,
@@ -86,13 +85,8 @@ def _leaves(jaxpr: Any, piece: Piece, var: Any) -> bool:
 
 
 def _names(eqns: Sequence[Any]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(f"{eqn.primitive.name}{_place(_source(eqn))}" for eqn in eqns))
+    return tuple(dict.fromkeys(f"{eqn.primitive.name}{_place(sources.place_of(eqn))}" for eqn in eqns))
 
 
 def _place(source: str) -> str:
     return f" ({source})" if source else ""
-
-
-def _source(eqn: Any) -> str:
-    source = sources.source_of(eqn)
-    return f"{os.path.basename(source[0])}:{source[1]}" if source else ""
