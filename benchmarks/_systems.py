@@ -18,7 +18,7 @@ from jax import lax
 
 import jaxckpt
 from jaxckpt import checkpoint_scan
-from jaxckpt.models import PairformerBlock, TransformerBlock
+from jaxckpt.models import EvoformerBlock, PairformerBlock, TransformerBlock
 
 TOLERANCE = 1e-4
 QUICKLY = {"xla_backend_optimization_level": "0", "xla_llvm_disable_expensive_passes": True}
@@ -105,6 +105,9 @@ def workloads() -> dict[str, Stack]:
         "transformer-small": transformer(12, 4, 128, 128, 3, jnp.float32),
         **{f"pairformer-{tokens}": pairformer(48, tokens, 6) for tokens in (384, 512, 768)},
         "pairformer-768x192": pairformer(192, 768, 12),
+        "pairformer-2048": pairformer(48, 2048, 6),
+        "evoformer-128x256": evoformer(48, 128, 256, 6),  # sequences and residues: AlphaFold 2's first training
+        "evoformer-512x384": evoformer(48, 512, 384, 6),  # and its fine-tuning
         "transformer-2048": transformer(24, 8, 2048, 1024, 4),
         "mlp-4096": mlp(48, 4096, 1024, 6),  # carries are what fills memory
         "mlp-128": mlp(48, 128, 1024, 6),  # parameters are
@@ -120,6 +123,18 @@ def pairformer(blocks: int, tokens: int, chunk: int, dtype: Any = jnp.bfloat16) 
         chunk,
         (shape((tokens, 384)), shape((tokens, tokens, 128))),
         {"pair_mask": shape((tokens, tokens))},
+    )
+
+
+def evoformer(blocks: int, sequences: int, residues: int, chunk: int, dtype: Any = jnp.bfloat16) -> Stack:
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
+    return Stack(
+        f"Evoformer, {blocks} blocks, {sequences} sequences of {residues} residues, {jnp.dtype(dtype).name}",
+        EvoformerBlock(dtype=dtype),
+        blocks,
+        chunk,
+        (shape((sequences, residues, 256)), shape((residues, residues, 128))),
+        {"msa_mask": shape((sequences, residues)), "pair_mask": shape((residues, residues))},
     )
 
 
@@ -146,6 +161,11 @@ def small(kind: str) -> Stack:
     if kind == "PairformerBlock":
         block = PairformerBlock(16, 8, c_hidden_mul=8, num_heads_pair=2, head_dim_pair=4, num_heads_single=2)
         return Stack("small", block, 4, 2, (shape((6, 16)), shape((6, 6, 8))), {"pair_mask": shape((6, 6))})
+    if kind == "EvoformerBlock":
+        heads: dict[str, Any] = dict(num_heads_msa=2, head_dim_msa=4, num_heads_pair=2, head_dim_pair=4)
+        block = EvoformerBlock(16, 8, c_hidden_opm=4, c_hidden_mul=8, **heads)
+        masks = {"msa_mask": shape((4, 6)), "pair_mask": shape((6, 6))}
+        return Stack("small", block, 4, 2, (shape((4, 6, 16)), shape((6, 6, 8))), masks)
     if kind == "MLPBlock":
         return Stack("small", MLPBlock(16), 4, 2, (shape((8, 16)),))
     return Stack("small", TransformerBlock(16, num_heads=2, d_ff=32), 4, 2, (shape((2, 6, 16)),))

@@ -35,7 +35,7 @@ from jaxckpt import measure
 
 PATIENCE = 480  # seconds for a system that is slow to compile
 FULL = ["pairformer-384", "pairformer-512", "pairformer-768", "transformer-2048", "mlp-4096"]
-SHOWN = [*FULL, "pairformer-768x192", "mlp-128"]
+SHOWN = [*FULL, "pairformer-768x192", "pairformer-2048", "evoformer-128x256", "evoformer-512x384", "mlp-128"]
 GIB = 2**30
 
 

@@ -3,6 +3,7 @@
 from jaxckpt import _start as _start  # before JAX
 from jaxckpt import policies as policies
 from jaxckpt._blocks import checkpoint_blocks as checkpoint_blocks
+from jaxckpt._checkpoint import checkpoint as checkpoint
 from jaxckpt._params import stack_params as stack_params
 from jaxckpt._params import unstack_params as unstack_params
 from jaxckpt._plan import Plan as Plan
@@ -14,6 +15,7 @@ from jaxckpt.planning.search import plan as plan
 
 __all__ = [
     "Plan",
+    "checkpoint",
     "checkpoint_blocks",
     "checkpoint_scan",
     "explain",

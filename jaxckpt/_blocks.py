@@ -8,18 +8,15 @@ import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
-
 from jaxckpt import policies
-from jaxckpt._leaves import is_array, named_leaves, replaced
+from jaxckpt._leaves import named_leaves
 from jaxckpt._setting import check_blocks_per_ckpt
-from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis import tagging
 from jaxckpt.engine import refs
 from jaxckpt.engine.choice import with_choice
-from jaxckpt.engine.offload import guard_offload, loop_that_offloads
+from jaxckpt.engine.single import checkpointed
+from jaxckpt.flax.calls import Call, traced_call
 from jaxckpt.flax.linen import bound_module
-from jaxckpt.flax.objects import Objects, update_static, update_variables, written_apart
 from jaxckpt.policies.grammar import JaxPolicy, everything, nothing
 
 
@@ -136,66 +133,18 @@ def _as_one(blocks: Sequence[Callable[..., Any]], *args: Any) -> tuple[Any, ...]
 
 
 def _as_checkpoint(blocks: Sequence[Callable[..., Any]], keep: Any, inner: Any, *args: Any) -> tuple[Any, ...]:
-    objects = Objects(blocks, args)
-    closed, whole = _trace(objects, inner)
-    closed, policy = keep(closed) if isinstance(keep, functools.partial) else (closed, keep)
-    results, variables, static = whole(_checkpointed(closed, policy, objects.arrays))
-    update_variables(objects.originals, variables)
-    update_static(objects.originals, static)
-    return objects.returned(results)
+    call = _traced(lambda blocks, args: _run([_checkpoint([block], inner) for block in blocks], args), blocks, args)
+    closed, policy = keep(call.closed) if isinstance(keep, functools.partial) else (call.closed, keep)
+    return call.returned(checkpointed(closed, policy, call.arrays))
 
 
-def _trace(objects: Objects, inner: Any) -> tuple[Any, Callable[[list[Any]], tuple[Any, dict, dict]]]:
-    """The jaxpr of blocks on the arrays of `objects`; and what its outputs make: results, and what changed in objects."""
-    out = {}
-
-    def on_arrays(arrays):
-        copied, args, copies = objects.copied(arrays)
-        with written_apart():
-            results = _run([_checkpoint([block], inner) for block in copied], args)
-        changed = copies.changed()
-        leaves, tree = jax.tree.flatten((copies.marked(results), list(changed.values())))
-        kept, rebuild = _split(leaves)
-        out.update(paths=list(changed), tree=tree, rebuild=rebuild, static=copies.changed_static())
-        return kept
-
-    closed = jx.trace(on_arrays, objects.arrays)
-    refs.check_closed_over("checkpoint_blocks: a block", closed)
-
-    def whole(arrays):
-        results, variables = jax.tree.unflatten(out["tree"], out["rebuild"](arrays))
-        return results, dict(zip(out["paths"], variables, strict=True)), out["static"]
-
-    return closed, whole
-
-
-def _checkpointed(closed: Any, policy: JaxPolicy, arrays: list[Any]) -> list[Any]:
-    """What `jax.checkpoint` of a jaxpr under a policy returns."""
-    # Blocks stand in no loop of ours, but one of their own may offload.
-    guarded = guard_offload(policy, loop_that_offloads(closed.jaxpr, policy) is not None)
-    on_leaves = jx.as_function(closed)
-    # The blocks of a chunk are straight-line code: without the barrier XLA would merge the re-run with the forward.
-    run = jax.checkpoint(lambda arrays: on_leaves(*arrays), policy=guarded.keep, prevent_cse=True)
-    return guarded.mark(run(guarded.mark(arrays)))
-
-
-def _split(leaves: list[Any]) -> tuple[list[Any], Callable[[list[Any]], list[Any]]]:
-    """The array leaves, and a function that puts arrays back among the others."""
-    where = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
-    others = [None if is_array(leaf) else leaf for leaf in leaves]
-    return [leaves[i] for i in where], lambda arrays: replaced(others, where, arrays)
+def _traced(run: Callable[..., Any], blocks: Sequence[Callable[..., Any]], args: tuple[Any, ...]) -> Call:
+    return traced_call(run, blocks, args, "checkpoint_blocks: a block")
 
 
 def _tags(blocks: Sequence[Callable[..., Any]], args: tuple[Any, ...]) -> frozenset[str]:
     """The tags of all blocks together."""
-    objects = Objects(blocks, args)
-
-    def all_blocks(arrays):
-        copied, args, _ = objects.copied(arrays)
-        with written_apart():
-            return _split(jax.tree.leaves(_run(copied, args)))[0]
-
-    return tagging.tags(jx.trace(all_blocks, objects.arrays))
+    return tagging.tags(_traced(_run, blocks, args).closed)
 
 
 def _chosen(policy: policies.Policy, tags: Iterable[str], closed: Any) -> tuple[Any, JaxPolicy]:

@@ -74,7 +74,7 @@ def find_cuts(
             the fewest pieces are taken.
         candidates: the places at most that are looked at.
     """
-    points = [0, *_minima(block.live, block.count, candidates), block.count]
+    points = [0, *_places(block.live, block.count, candidates, before_sums=wants is not None), block.count]
     new, own = {}, {}  # of the piece between two points: bytes that cross its end and not its beginning; its own peak
     for j, b in enumerate(points[1:], 1):
         sums = block.crossing(b)
@@ -129,9 +129,19 @@ def _within(
     return None if best is None else best[2][:-1]
 
 
-def _minima(live: list[int], n: int, most: int) -> list[int]:
-    """The places inside where fewest bytes are alive: the last of each local minimum."""
-    found = [i for i in range(1, n) if live[i] <= live[i - 1] and live[i] < live[i + 1]]
+def _places(live: list[int], n: int, most: int, before_sums: bool) -> list[int]:
+    """The places inside where fewest bytes are alive: the last of each local minimum.
+
+    Arguments:
+        before_sums: also on the way down to one, from where half of the bytes have gone: a loss of each token can be made
+            in slices of tokens, and its sum over them cannot.
+    """
+    found, top = [], 0  # where the way down began
+    for i in range(1, n):
+        top = live[i] if live[i] > live[i - 1] else max(top, live[i])
+        is_minimum = live[i] <= live[i - 1] and live[i] < live[i + 1]
+        if is_minimum or (before_sums and live[i + 1] < live[i] <= top / 2):
+            found.append(i)
     return sorted(sorted(found, key=live.__getitem__)[:most])
 
 

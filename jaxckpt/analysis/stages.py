@@ -19,6 +19,7 @@ class Piece(NamedTuple):
     """The equations from `begin` to `end` of an inlined jaxpr.
 
     Fields:
+        bytes: that autodiff wants of it at once.
         last: the equations whose values are the last that autodiff wants: it wants others only on the way to them.
         tiles: how it is computed in slices, if it is.
         obstacles: the equations that cannot be, although slices were asked of them.
@@ -26,6 +27,7 @@ class Piece(NamedTuple):
 
     begin: int
     end: int
+    bytes: int
     last: list[int]
     tiles: Tiles | None = None
     obstacles: tuple[int, ...] = ()
@@ -47,7 +49,7 @@ def pieces_between(
                     continue
                 last.append(i)
             on_the_way.update(var for var in eqn.invars if not isinstance(var, core.Literal))
-        pieces.append(Piece(begin, end, last[::-1], sliced))
+        pieces.append(Piece(begin, end, sum(wanted[begin:end]), last[::-1], sliced))
     return pieces
 
 

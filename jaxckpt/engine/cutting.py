@@ -37,12 +37,8 @@ def cut(
             f"{names.block} has side effects ({', '.join(found)}), and {knob} {verb} only blocks without: take debugging "
             f"output out of the block, or leave {knob} away"
         )
-    flat = inlining.inlined(closed, checkpoints=True)
-    flat = inlining.merged(flat) if tiles else flat
-    offloads = tiles and setting.policy.may_offload
-    whole = frozenset(i for i, eqn in enumerate(flat.jaxpr.eqns) if is_offloaded(eqn, keep)) if offloads else frozenset()
     try:
-        pieces = _pieces(flat, tuple(carried), stages, tiles, whole)
+        flat, pieces = pieces_of(closed, carried, stages, tiles, keep if setting.policy.may_offload else nothing)
     except ValueError as error:
         raise ValueError(f"{names.block}: {error}") from None
     is_whole = len(pieces) == 1 and pieces[0].tiles is None
@@ -62,6 +58,17 @@ def _reason(jaxpr: Any, pieces: Sequence[Piece]) -> str:
     largest = max(found, key=lambda eqn: sum(jx.nbytes(var.aval) for var in eqn.outvars))
     where = f", {place}" if (place := sources.place_of(largest)) else ""
     return f": {largest.primitive.name} ({largest.outvars[0].aval.str_short()}{where}) is computed whole"
+
+
+def pieces_of(
+    closed: Any, carried: Sequence[int], stages: Stages, tiles: Most, keep: JaxPolicy = nothing
+) -> tuple[Any, list[Piece]]:
+    """The jaxpr of a block without side effects, inlined, and the pieces that it is cut into; arguments as of `cut`."""
+    flat = inlining.inlined(closed, checkpoints=True)
+    flat = inlining.merged(flat) if tiles else flat
+    asked = enumerate(flat.jaxpr.eqns) if tiles and keep is not nothing else ()
+    whole = frozenset(i for i, eqn in asked if is_offloaded(eqn, keep))
+    return flat, _pieces(flat, tuple(carried), stages, tiles, whole)
 
 
 _cache: OrderedDict[Any, list[Piece]] = OrderedDict()
@@ -91,7 +98,13 @@ def _found(flat: Any, carried: tuple[int, ...], stages: Stages, tiles: Most, who
     if tiler is None:
         return pieces_between(flat, cuts, wanted)
     pieces = pieces_between(flat, cuts, wanted, _tiles(tiler, block, cuts))
-    return [piece._replace(obstacles=tuple(tiler.obstacles(piece.begin, piece.end))) for piece in pieces]
+    return [
+        piece._replace(
+            bytes=tiler.bytes(*piece.tiles) if piece.tiles else piece.bytes,
+            obstacles=tuple(tiler.obstacles(piece.begin, piece.end)),
+        )
+        for piece in pieces
+    ]
 
 
 def _tiles(tiler: Tiler, block: Block, cuts: Sequence[int]) -> list[Tiles | None]:

@@ -43,7 +43,7 @@ def linen_stack(block: type[nn.Module], setting: Setting) -> type[nn.Module]:
 def linen_stack_instance(block: nn.Module, setting: Setting) -> nn.Module:
     """The stack of `setting.length` modules like `block`; an explicit name goes over to it at top level."""
     name = {"name": block.name} if block.parent is None else {}
-    return linen_stack(type(block), setting)(**_fields(block, type(block)), **name)
+    return linen_stack(type(block), setting)(**fields_of(block, type(block)), **name)
 
 
 def _run(
@@ -66,7 +66,7 @@ def _run(
     _check_unbound(keywords, names)
     # Block i draws from fold_in(stack.make_rng(name), i): the same in the re-run, and whatever the chunks.
     rngs = {name: _per_block_keys(stack.make_rng(name), setting.length) for name in scope.rngs}
-    fields = _fields(stack, block)
+    fields = fields_of(stack, block)
 
     def call(x, carry, shared):
         variables, rngs, per_block = x
@@ -115,7 +115,7 @@ def _check_unbound(keywords: dict[str, Any], names: check.Names) -> None:
                 )
 
 
-def _fields(module: nn.Module, block: type[nn.Module]) -> dict[str, Any]:
+def fields_of(module: nn.Module, block: type[nn.Module]) -> dict[str, Any]:
     """The constructor arguments of `block` in `module`, with modules among them cut loose from where they are bound."""
 
     copies: dict[int, nn.Module] = {}

@@ -80,15 +80,15 @@ class Copies:
 
 
 @contextlib.contextmanager
-def written_apart() -> Iterator[None]:
-    """Says what to write where a block changes an object that it hides, in a lambda above all."""
+def written_apart(who: str) -> Iterator[None]:
+    """Says what to write where a function that `who` calls changes an object that it hides, in a lambda above all."""
     try:
         yield
     except errors.TraceContextError as error:
         raise ValueError(
-            "checkpoint_blocks: a block changes an NNX object that it closes over, a counter of random numbers or "
-            "statistics, and the change could not leave the chunk. Give checkpoint_blocks the module itself, its method, or "
-            "functools.partial(module, ...), whose state is written back"
+            f"{who} changes an NNX object that it closes over, a counter of random numbers or statistics, and the change "
+            "could not leave what is checkpointed. Pass the module itself, its method, or functools.partial(module, ...), "
+            "whose state is written back"
         ) from error
 
 
