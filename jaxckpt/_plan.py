@@ -30,9 +30,16 @@ class Knobs:
     stages: str | None = None
     offload_carry: bool = False
     engine: str = "scan"
+    tiles: str | None = None
+
+    @property
+    def pieces(self) -> str | None:
+        """What a block is cut into: "stages", "tiles" (pieces in slices), or None."""
+        return "tiles" if self.tiles else "stages" if self.stages else None
 
     def __str__(self) -> str:
         shown = {"blocks_per_ckpt": self.blocks_per_ckpt, "snapshots": self.snapshots, "stages": self.stages}
+        shown["tiles"] = self.tiles
         parts = [f"{name}={value}" for name, value in shown.items() if value is not None]
         kept = f"keeps {len(self.kept)} values" if self.policy == "planned" else self.policy
         return ", ".join([kept, *parts, *["offload_carry"] * self.offload_carry, self.engine])

@@ -153,6 +153,7 @@ def with_knobs(setting: Setting, knobs: Knobs) -> Setting:
         knobs.snapshots,
         knobs.offload_carry,
         knobs.engine,
+        tiles=knobs.tiles,
     )
     return replace(found, plan=setting.plan, partition_name=setting.partition_name, call=setting.call)
 

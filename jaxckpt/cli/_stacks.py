@@ -91,6 +91,15 @@ def refuse_sizes(options: argparse.Namespace, option: str) -> None:
             raise ValueError(f"--{name} is of --model, and {option} says itself how large it is: leave one of them away")
 
 
+def slices(text: str) -> int | str | None:
+    """What `--tiles` takes: a number of slices at most, 'auto', or 'none'."""
+    if text.lower() in ("none", "auto"):
+        return None if text.lower() == "none" else "auto"
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of slices, nor 'auto' or 'none'")
+    return int(text)
+
+
 def chosen_stack(options: argparse.Namespace, **knobs: Any) -> Call:
     """The stack that the options name, with these knobs of `checkpoint_scan`.
 

@@ -8,7 +8,7 @@ from typing import Any
 from jaxckpt import explain as explain_stack
 from jaxckpt._progress import Progress
 from jaxckpt.cli._errors import EXPECTED, fail
-from jaxckpt.cli._stacks import add_stack_options, chosen_stack, chunk_size, number_or_text
+from jaxckpt.cli._stacks import add_stack_options, chosen_stack, chunk_size, number_or_text, slices
 from jaxckpt.memory import targets
 
 
@@ -18,7 +18,7 @@ def add_parser(commands: Any) -> None:
     add_stack_options(parser)
     parser.add_argument("--blocks-per-ckpt", type=chunk_size, metavar="K", help="blocks of a chunk, or 'none' (default)")
     parser.add_argument("--stages", type=number_or_text, help="'auto', a number of pieces, or tags:NAMES to cut behind")
-    parser.add_argument("--tiles", type=number_or_text, help="'auto', or the slices of a piece at most")
+    parser.add_argument("--tiles", type=slices, help="'auto', the slices of a piece at most, or 'none' (default)")
     parser.add_argument("--policy", help="see 'jaxckpt policies' (default: that of checkpoint_scan)")
     parser.add_argument("--target", help=f"whose times to show: {', '.join(targets.gpu_names())}, or a file")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")

@@ -17,7 +17,7 @@ from jaxckpt._leaves import split_arrays
 from jaxckpt._progress import Progress
 from jaxckpt._table import aligned
 from jaxckpt.cli._errors import EXPECTED, fail
-from jaxckpt.cli._stacks import Call, add_stack_options, chosen_stack, chunk_near_sqrt, chunk_size
+from jaxckpt.cli._stacks import Call, add_stack_options, chosen_stack, chunk_near_sqrt, chunk_size, slices
 from jaxckpt.cli.plots import Point, check_plot, draw_memory_against_runs, pareto
 from jaxckpt.memory import targets
 from jaxckpt.memory.explain import Explanation
@@ -34,6 +34,7 @@ class Row:
     target: str
     blocks_per_ckpt: int | None
     policy: str
+    tiles: int | str | None = None
     peak_bytes: int | None = None
     temp_bytes: int | None = None
     host_bytes: int | None = None
@@ -44,7 +45,8 @@ class Row:
 
     @property
     def setting(self) -> str:
-        return self.policy if self.blocks_per_ckpt is None else f"K={self.blocks_per_ckpt}, {self.policy}"
+        chunks = "" if self.blocks_per_ckpt is None else f"K={self.blocks_per_ckpt}, "
+        return chunks + self.policy + ("" if self.tiles is None else f", tiles={self.tiles}")
 
 
 def add_parser(commands: Any) -> None:
@@ -59,6 +61,14 @@ def add_parser(commands: Any) -> None:
         help="chunk sizes to try, 'none' for no chunks (default: none, and the divisor of the length nearest to its root)",
     )
     parser.add_argument("--policies", nargs="+", default=POLICIES, metavar="POLICY", help=f"default: {' '.join(POLICIES)}")
+    parser.add_argument(
+        "--tiles",
+        nargs="+",
+        type=slices,
+        default=[None],
+        metavar="T",
+        help="slices of pieces to try: 'none', 'auto', or a number at most (default: none)",
+    )
     parser.add_argument(
         "--target", nargs="+", default=["attached"], help=f"attached, cpu, {', '.join(targets.gpu_names())}, or files"
     )
@@ -80,8 +90,11 @@ def run(options: argparse.Namespace) -> int:
             if not chunks:
                 plain = explained(chosen_stack(options, blocks_per_ckpt=None, policy="nothing"), target=None)
                 chunks = dict.fromkeys([None, chunk_near_sqrt(plain.length)])
-            settings = [(k, policy) for k in chunks for policy in options.policies]
-            calls = [chosen_stack(options, blocks_per_ckpt=k, policy=policy) for k, policy in settings]
+            settings = [(k, p, t) for k in chunks for p in options.policies for t in dict.fromkeys(options.tiles)]
+            calls = [
+                chosen_stack(options, blocks_per_ckpt=k, policy=policy, **({} if tiles is None else {"tiles": tiles}))
+                for k, policy, tiles in settings
+            ]
             found = [explained(call, rates) for call in calls]
     except EXPECTED as error:
         return fail("report", error)
@@ -89,9 +102,9 @@ def run(options: argparse.Namespace) -> int:
     rows: list[Row] = []
     interrupted = False
     jobs = [
-        (Row(target.name, k, policy, forward_runs=explanation.forward_runs), call, target)
+        (Row(target.name, k, policy, tiles, forward_runs=explanation.forward_runs), call, target)
         for target in where
-        for (k, policy), call, explanation in zip(settings, calls, found, strict=True)
+        for (k, policy, tiles), call, explanation in zip(settings, calls, found, strict=True)
     ]
     try:
         with Progress("report", len(jobs), "setting") as progress:

@@ -22,17 +22,18 @@ from jax.experimental.layout import Format, Layout
 
 from jaxckpt._plan import Knobs
 from jaxckpt._setting import with_knobs
-from jaxckpt.analysis import inlining, numbering
+from jaxckpt.analysis import inlining
 from jaxckpt.analysis import jaxpr as jx
-from jaxckpt.analysis.cost import step_seconds
-from jaxckpt.analysis.cuts import Block, find_cuts
-from jaxckpt.analysis.stages import pieces_between
+from jaxckpt.analysis.cost import is_dear, step_seconds
+from jaxckpt.analysis.stages import Piece
 from jaxckpt.analysis.tradeoff import Choice, Tradeoff, tradeoff_of
+from jaxckpt.engine.cutting import pieces_of
 from jaxckpt.engine.run import Run
 from jaxckpt.engine.schedule import whole_runs
 from jaxckpt.engine.stack import described
 from jaxckpt.memory.targets import Target
 
+_START = 4e-6  # seconds between kernels of a loop on a GPU, as published for H100: 2 to 6
 _SNAPSHOTS = (2, 3, 4, 5, 7, 9, 12, 16, 24)
 
 
@@ -56,14 +57,26 @@ class Option(NamedTuple):
     forward_runs: float
 
     @property
-    def family(self) -> tuple[bool, bool, bool]:
+    def family(self) -> tuple[str | None, bool, bool]:
         knobs = self.knobs
-        return knobs.stages is not None, bool(knobs.blocks_per_ckpt or knobs.snapshots), knobs.offload_carry
+        return knobs.pieces, bool(knobs.blocks_per_ckpt or knobs.snapshots), knobs.offload_carry
 
     @property
     def of_block(self) -> Knobs:
         """What is kept in a block and how it is cut: the knobs on which mostly depends what differentiating it takes."""
-        return Knobs(policy=self.knobs.policy, kept=self.knobs.kept, stages=self.knobs.stages)
+        return Knobs(policy=self.knobs.policy, kept=self.knobs.kept, stages=self.knobs.stages, tiles=self.knobs.tiles)
+
+
+class Cut(NamedTuple):
+    """A block in pieces.
+
+    Fields:
+        bytes: that are wanted at once while its largest piece is differentiated.
+        slicing_seconds: of one run of the block, what computing pieces in slices takes longer.
+    """
+
+    bytes: int
+    slicing_seconds: float
 
 
 class Stack:
@@ -82,26 +95,26 @@ class Stack:
     def __init__(self, run: Run, rates: Any):
         self.rates = rates
         self.described = described(run.closed, run.leaves[1], run.length)
-        flat = inlining.inlined(run.closed, checkpoints=True)
-        self.trade: Tradeoff = tradeoff_of(inlining.merged(flat), rates)
+        self.trade: Tradeoff = tradeoff_of(inlining.merged(inlining.inlined(run.closed, checkpoints=True)), rates)
         carry = [jax.typeof(run.leaves[1][i]) for i in run.moving]
         self.carry_bytes = sum(map(jx.nbytes, carry))
-        self.pieces_bytes = None if jx.effects(run.closed) else self._pieces(flat, run)
+        self.cuts: dict[str | None, Cut] = {} if jx.effects(run.closed) else self._cuts(run)
         is_batched = any(jx.is_batched(leaf) for part in run.leaves for leaf in part)
         self.can_be_alone = not is_batched and not jx.collective_axes(run.closed)
         xs, carried, arrays = [[_type(leaf) for leaf in part] for part in run.leaves]
         constants = [_type(value) if isinstance(value, Tracer) else value for value in run.closed.consts]
         self.run = replace(run, closed=jx.closed(run.closed.jaxpr, constants), leaves=(xs, carried, arrays))
 
-    def _pieces(self, flat: Any, run: Run) -> int | None:
-        """What is wanted at once in a block that is cut into stages; None where there is nothing to cut."""
-        wanted = numbering.residual_bytes(flat)
-        slices = len(run.leaves[0])
-        cuts = find_cuts(Block(flat, range(slices, slices + len(run.leaves[1])), wanted))
-        if not cuts:
-            return None
-        pieces = pieces_between(flat, cuts, wanted)
-        return max(sum(wanted[piece.begin : piece.end]) for piece in pieces) + 2 * self.carry_bytes
+    def _cuts(self, run: Run) -> dict[str | None, Cut]:
+        """The block in stages and in tiles, by `Knobs.pieces`, each where there is something to cut or to slice."""
+        slices, found = len(run.leaves[0]), {}
+        carried = range(slices, slices + len(run.leaves[1]))
+        for name in ("stages", "tiles"):
+            flat, pieces = pieces_of(run.closed, carried, "auto", "auto" if name == "tiles" else None)
+            if any(piece.tiles for piece in pieces) if name == "tiles" else len(pieces) > 1:
+                longer = sum(_slicing_seconds(flat.jaxpr, piece, self.rates) for piece in pieces)
+                found[name] = Cut(max(piece.bytes for piece in pieces) + 2 * self.carry_bytes, longer)
+        return found
 
     def transient_bytes(self, of_block: Knobs, where: Target) -> int:
         """What the compiled backward pass of the blocks takes beside what it is given and what it returns.
@@ -161,19 +174,21 @@ class Stack:
         length, choices = self.run.length, self.trade.choices
         nothing = self._kept_none()
         yield self.everything()
-        all_stages = (None, "auto") if self.pieces_bytes else (None,)
+        cuts = [{"stages": None}, *({name: "auto"} for name in self.cuts)]
         chunks = sorted({k for k in range(2, length) if length % k == 0 or k in (2, 3, 4, 6, 8, 12)})
-        for stages, choice in itertools.product(all_stages, (nothing, *choices[1:])):
-            if stages and choice is choices[-1]:
+        for cut, choice in itertools.product(cuts, (nothing, *choices[1:])):
+            if cut != cuts[0] and choice is choices[-1]:
                 continue  # nothing of it is run again in pieces
-            keeping = Knobs(policy="planned" if choice.names else "nothing", kept=choice.names, stages=stages)
+            if "tiles" in cut and choice is not nothing:
+                continue  # what is kept is kept of all slices: the search for cuts would have to know of it
+            keeping = Knobs(policy="planned" if choice.names else "nothing", kept=choice.names, **cut)
             yield self._option(keeping, choice)
             for k in chunks:
                 yield self._option(replace(keeping, blocks_per_ckpt=k, engine="reversal"), choice)
         for k in chunks:
             yield self._option(Knobs(blocks_per_ckpt=k, policy="everything", engine="reversal"), self._kept_all())
-        for stages, k in itertools.product(all_stages, [None, *chunks]):
-            in_chunks = Knobs(blocks_per_ckpt=k, stages=stages, engine="reversal")
+        for cut, k in itertools.product(cuts, [None, *chunks]):
+            in_chunks = Knobs(blocks_per_ckpt=k, engine="reversal", **cut)
             for snapshots in _SNAPSHOTS:
                 if snapshots < -(-length // (k or 1)):
                     yield self._option(replace(in_chunks, snapshots=snapshots), nothing)
@@ -193,13 +208,23 @@ class Stack:
             stored = (2 * carry if knobs.offload_carry else inputs * carry) + (per_chunk or 0) * (carry + choice.bytes)
             stored += 0 if per_chunk else carry
         again = 0.0 if choice.bytes >= self.trade.wanted_bytes else choice.rerun_seconds - self.trade.floor_seconds
-        again *= 2 if knobs.stages and knobs.policy != "everything" else 1
+        again *= 2 if knobs.pieces and knobs.policy != "everything" else 1
         runs = whole_runs(length, per_chunk, knobs.snapshots, knobs.engine) + max(0.0, again) / (forward or 1.0)
-        seconds = step_seconds(length, forward, runs, self.rates, host_bytes=on_host, fresh_bytes=stored - on_host)
-        block_bytes = choice.largest_bytes
-        if knobs.stages and self.pieces_bytes:
-            block_bytes = min(block_bytes, self.pieces_bytes)
+        block_bytes, longer = choice.largest_bytes, 0.0
+        if (cut := self.cuts.get(knobs.pieces)) is not None:
+            block_bytes, longer = min(block_bytes, cut.bytes), cut.slicing_seconds
+        seconds = step_seconds(length, forward + longer, runs, self.rates, host_bytes=on_host, fresh_bytes=stored - on_host)
         return Option(knobs, stored, choice.bytes, block_bytes, seconds, runs)
+
+
+def _slicing_seconds(jaxpr: Any, piece: Piece, rates: Any) -> float:
+    """What a run of a piece takes longer in slices: what they share is read by each, and kernels start for each."""
+    if piece.tiles is None:
+        return 0.0
+    tiling, count = piece.tiles
+    shared = sum(jx.nbytes(place.of(jaxpr).aval) for place in tiling.shared)
+    kernels = 1 + sum(is_dear(jaxpr.eqns[i]) for i in tiling.inside)  # what is not dear is fused into one of them
+    return (count - 1) * (shared / rates.memory_bandwidth + kernels * _START)
 
 
 def _type(leaf: Any) -> jax.ShapeDtypeStruct:

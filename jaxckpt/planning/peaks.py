@@ -71,7 +71,7 @@ class Peaks:
 
     def _rest(self, c: Combination) -> float:
         # The model of a scan without chunks is exact: what it misses there, the rest of the step needs under any setting.
-        scans = tuple((False, False, False) for _ in c.options)
+        scans = tuple((None, False, False) for _ in c.options)
         near = self._families.get(c.family) or self._families.get(scans)
         if near is None:
             return min([0.0, *map(self._missed, self.known.compiled)])
@@ -102,7 +102,7 @@ class Peaks:
         sizes = sorted(
             found
             for (stack, knobs), found in self.known.transients.items()
-            if stack == i and knobs.stages == option.knobs.stages
+            if stack == i and knobs.pieces == option.knobs.pieces
         )
         # What keeps more takes less as a rule, sometimes by a quarter from one choice to the next.
         fewer = [_HOPED_THEN * taken for kept, taken in sizes if kept <= option.kept_bytes][-1:]
@@ -112,7 +112,7 @@ class Peaks:
 
 def kind(c: Combination) -> Any:
     """What of a combination decides whether a step can be run under it."""
-    return tuple((knobs.engine, knobs.offload_carry, knobs.stages, knobs.policy) for knobs, *_ in c.options)
+    return tuple((knobs.engine, knobs.offload_carry, knobs.pieces, knobs.policy) for knobs, *_ in c.options)
 
 
 def _distance(a: int, b: int) -> float:

@@ -25,6 +25,17 @@ def test_our_model(capsys):
     assert not any(row["error"] for row in rows.values())
 
 
+def test_tiles(capsys):
+    options = ["--blocks", "4", "--tokens", "64", "--policies", "nothing", "--blocks-per-ckpt", "none"]
+    options += ["--tiles", "none", "4"]
+    assert main(["report", "--target", "cpu", "--json", *options]) == 0
+    whole, sliced = json.loads(capsys.readouterr().out)
+    assert (whole["tiles"], sliced["tiles"]) == (None, 4) and not sliced["error"]
+    assert sliced["temp_bytes"] != whole["temp_bytes"] and sliced["forward_runs"] > whole["forward_runs"]
+    assert main(["report", "--target", "cpu", *options]) == 0
+    assert "nothing, tiles=4" in capsys.readouterr().out
+
+
 def test_a_stack_of_the_users_as_a_table_and_a_picture(module, capsys, tmp_path):
     pytest.importorskip("matplotlib")
     picture = tmp_path / "front.svg"

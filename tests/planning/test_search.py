@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxckpt import checkpoint_scan, explain, measure, plan
 from jaxckpt._plan import Candidate, Knobs, Plan, load
+from jaxckpt.analysis import tiles
 from jaxckpt.analysis.cost import REFERENCE
 from jaxckpt.planning import search
 from tests.support import relative_error
@@ -109,6 +110,36 @@ def test_what_was_compiled_for_one_step_is_not_believed_of_another():
 
     small, large = (planned("64MiB", step=with_head(width)) for width in (1, 4096))
     assert large.peak_bytes > small.peak_bytes + MIB
+
+
+def test_tiles_are_a_knob_of_the_plan(monkeypatch, tmp_path):
+    """A block of which one matrix is nearly all that differentiating it takes."""
+    monkeypatch.setattr(tiles, "LEAST_ENTRIES", 1)
+    x = jnp.ones((512, WIDTH))
+
+    def least(knobs):
+        steps = [step_of({"engine": engine, **knobs}) for engine in ("scan", "reversal")]
+        return min(measure(step, W, x, target="cpu").peak_bytes for step in steps)
+
+    found = planned(None, args=(W, x), objective="memory")
+    sliced = least({"tiles": "auto"})
+    assert found[""].knobs.tiles == "auto" and found.peak_bytes <= 1.02 * sliced and sliced < 0.5 * least({})
+    assert "tiles=auto" in str(found)
+    found.save(tmp_path / "plan.json")
+    assert load(tmp_path / "plan.json") == found
+    budget = planned(int(1.3 * found.peak_bytes), args=(W, x))
+    assert budget.peak_bytes <= 1.3 * found.peak_bytes and budget.chosen.forward_runs <= found.chosen.forward_runs
+    want = step_of({"policy": "everything"})(W, x)
+    assert relative_error(jax.jit(step_of({"plan": tmp_path / "plan.json"}))(W, x), want) < 1e-5
+
+
+def test_slices_take_less_and_longer(monkeypatch):
+    monkeypatch.setattr(tiles, "LEAST_ENTRIES", 1)
+    (stack,) = search._stacks(STEP, (W, jnp.ones((512, WIDTH))), REFERENCE)[0].values()
+    settings = Knobs(), Knobs(stages="auto"), Knobs(tiles="auto")
+    whole, in_stages, in_tiles = (stack._option(knobs, stack._kept_none()) for knobs in settings)
+    assert whole.seconds < in_stages.seconds < in_tiles.seconds
+    assert whole.block_bytes >= in_stages.block_bytes > 2 * in_tiles.block_bytes
 
 
 def test_gradients_under_a_plan_are_those_without(range_of_peaks):
