@@ -94,8 +94,8 @@ def gradient_error(way: str, masked: bool) -> float:
 INTRODUCTION = f"""## Memory of a head with its loss
 
 `head_memory.py`: the loss of {TOKENS:,} tokens of {CHANNELS:,} channels and {WORDS:,} words (Optax's cross-entropy with
-integer labels, of products in bfloat16), and its gradients by the kernel and the tokens, compiled for the GPU that is named; nothing
-was run on one. Gradients that slices share are summed in float32."""
+integer labels, of products in bfloat16), and its gradients by the kernel and the tokens, compiled for the GPU that is named;
+nothing was run on one. Gradients that slices share are summed in float32."""
 
 
 def tables(rows: list[dict[str, Any]]) -> list[str]:
