@@ -5,11 +5,13 @@ Every system gets the pure function of one Flax block, and must reproduce loss a
 """
 # pyright: reportMissingImports=false
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
+from unittest import mock
 
 import flax.linen as nn
 import jax
@@ -18,7 +20,8 @@ from jax import lax
 
 import jaxckpt
 from jaxckpt import checkpoint_scan
-from jaxckpt.models import EvoformerBlock, PairformerBlock, TransformerBlock
+from jaxckpt.models import EvoformerBlock, PairformerBlock, TransformerBlock, _layers
+from jaxckpt.models import transformer as transformer_model
 
 TOLERANCE = 1e-4
 QUICKLY = {"xla_backend_optimization_level": "0", "xla_llvm_disable_expensive_passes": True}
@@ -82,6 +85,36 @@ class Stack:
 
 def as_tuple(out: Any) -> Carry:
     return out if isinstance(out, tuple) else (out,)
+
+
+@dataclasses.dataclass(frozen=True)
+class FusedStack(Stack):
+    """The same blocks with cuDNN's attention in place of ours, which keeps no logits."""
+
+    def apply(self, params: Any, *carry: Any, **shared: Any) -> Any:
+        with fused_attention():
+            return super().apply(params, *carry, **shared)
+
+
+@contextlib.contextmanager
+def fused_attention() -> Iterator[None]:
+    """Our models with `jax.nn.dot_product_attention`: cuDNN's kernel, or where a CPU compares values, its formula."""
+
+    def attention(query: Any, key: Any, value: Any, *, biases: Any = (), causal: bool = False) -> Any:
+        is_checked = isinstance(jax.config.jax_default_device, jax.Device)  # see `run_quickly`
+        leading, (length, heads, _) = query.shape[:-3], query.shape[-3:]
+        flat = [x.reshape(-1, *x.shape[-3:]) for x in (query, key, value)]
+        bias = None
+        if biases:
+            total = functools.reduce(jnp.add, biases)
+            bias = total.reshape(-1, *total.shape[-3:]).astype(query.dtype)
+            bias = jnp.broadcast_to(bias, (bias.shape[0], heads, length, key.shape[-3]))
+        how = "xla" if is_checked else "cudnn"
+        out = jax.nn.dot_product_attention(*flat, bias=bias, is_causal=causal, implementation=how)
+        return out.reshape(*leading, length, heads, -1)
+
+    with mock.patch.object(_layers, "attention", attention), mock.patch.object(transformer_model, "attention", attention):
+        yield
 
 
 class System(NamedTuple):
@@ -213,6 +246,7 @@ def systems(stack: Stack) -> list[System]:
     }
     return [
         System("no checkpointing", "lax.scan", plain_scan),
+        *(System("jaxckpt, cuDNN attention", name, with_fused(knobs), "jaxckpt") for name, knobs in FUSED.items()),
         *(
             System(
                 "jaxckpt",
@@ -254,6 +288,25 @@ def our_stack(
         sliced = 3 if tiles == "auto" and stack.title == "small" else tiles  # which "auto" would not slice
         run = checkpoint_scan(stack.apply, blocks_per_ckpt=per_chunk, snapshots=stored, tiles=sliced, **knobs)
         return lambda params, carry, shared: as_tuple(run(params, *carry, **shared))
+
+    return build
+
+
+FUSED: dict[str, dict[str, Any]] = {
+    "per block, nothing": {},
+    'stages="auto"': {"stages": "auto"},
+    'snapshots=5, stages="auto"': {"snapshots": 5, "stages": "auto"},
+    'snapshots=5, tiles="auto"': {"snapshots": 5, "tiles": "auto"},
+}
+
+
+def with_fused(knobs: dict[str, Any]) -> Callable[[Stack], Forward]:
+    """Without masks of pairs: this kernel takes one bias for all rows of an attention, or one as large as its logits."""
+
+    def build(stack: Stack) -> Forward:
+        run = our_stack(**knobs)(FusedStack(**{f.name: getattr(stack, f.name) for f in dataclasses.fields(stack)}))
+        is_checked = stack.title == "small"
+        return lambda params, carry, shared: run(params, carry, shared if is_checked else dict.fromkeys(shared))
 
     return build
 
