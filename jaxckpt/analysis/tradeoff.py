@@ -7,7 +7,6 @@ values has no tag and cannot be kept.
 """
 
 import functools
-from collections import OrderedDict
 from collections.abc import Collection, Container
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import jax
 from jax.extend import core
 
+from jaxckpt._recent import Recent
 from jaxckpt.analysis import inlining, tagging
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis.cost import cost, is_dear
@@ -118,8 +118,7 @@ class Tradeoff:
         return max(sizes.values(), default=0)
 
 
-_cache: OrderedDict[Any, Tradeoff] = OrderedDict()
-_CACHED = 64
+_recent: Recent[Tradeoff] = Recent()
 
 
 def tradeoff_of(closed: Any, rates: Any) -> Tradeoff:
@@ -129,13 +128,7 @@ def tradeoff_of(closed: Any, rates: Any) -> Tradeoff:
         closed: its inlined jaxpr; equal ones are looked at once.
         rates: see `jaxckpt.analysis.cost`.
     """
-    key = jx.text(closed), str(rates)
-    if key not in _cache:
-        _cache[key] = _tradeoff(closed, rates)
-        if len(_cache) > _CACHED:
-            _cache.popitem(last=False)
-    _cache.move_to_end(key)
-    return _cache[key]
+    return _recent.of((jx.text(closed), str(rates)), lambda: _tradeoff(closed, rates))
 
 
 def _tradeoff(closed: Any, rates: Any) -> Tradeoff:

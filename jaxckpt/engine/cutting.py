@@ -1,10 +1,10 @@
 """The pieces that a setting cuts a block into, and which of them are computed in slices."""
 
 import itertools
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
+from jaxckpt._recent import Recent
 from jaxckpt._setting import Setting, Stages
 from jaxckpt._setting import Tiles as Most
 from jaxckpt.analysis import inlining, numbering, sources
@@ -71,19 +71,13 @@ def pieces_of(
     return flat, _pieces(flat, tuple(carried), stages, tiles, whole)
 
 
-_cache: OrderedDict[Any, list[Piece]] = OrderedDict()
-_CACHED = 64
+_recent: Recent[list[Piece]] = Recent()
 
 
 def _pieces(flat: Any, carried: tuple[int, ...], stages: Stages, tiles: Most, whole: frozenset[int]) -> list[Piece]:
     """The pieces of a block; equal blocks are looked at once, since a search for slices takes seconds."""
-    key = jx.text(flat), carried, stages, tiles, whole
-    if key not in _cache:
-        _cache[key] = _found(flat, carried, stages, tiles, whole)
-        if len(_cache) > _CACHED:
-            _cache.popitem(last=False)
-    _cache.move_to_end(key)
-    return _cache[key]
+    asked = carried, stages, tiles, whole
+    return _recent.of((jx.text(flat), *asked), lambda: _found(flat, *asked))
 
 
 def _found(flat: Any, carried: tuple[int, ...], stages: Stages, tiles: Most, whole: frozenset[int]) -> list[Piece]:

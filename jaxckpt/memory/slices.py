@@ -7,6 +7,7 @@ from typing import Any
 from jaxckpt._sizes import size_text
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis import sources, tagging
+from jaxckpt.analysis.flow import last_uses
 from jaxckpt.analysis.stages import Piece
 from jaxckpt.engine.run import Run
 
@@ -62,7 +63,8 @@ def _sliced(jaxpr: Any, number: int, piece: Piece) -> SlicedPiece:
         if axis is not None
     }
     maker = {var: jaxpr.eqns[i] for i in tiling.inside for var in jaxpr.eqns[i].outvars}
-    out = max((var for var in axes if _leaves(jaxpr, piece, var)), key=lambda var: jx.nbytes(var.aval))
+    ends = last_uses(jaxpr)
+    out = max((var for var in axes if ends.get(var, -1) >= piece.end), key=lambda var: jx.nbytes(var.aval))
     largest = max(axes, key=lambda var: jx.nbytes(var.aval))
     whole = jx.nbytes(largest.aval)
     return SlicedPiece(
@@ -77,11 +79,6 @@ def _sliced(jaxpr: Any, number: int, piece: Piece) -> SlicedPiece:
         whole_bytes=whole,
         whole=_names([jaxpr.eqns[i] for i in piece.obstacles if i in tiling.before]),
     )
-
-
-def _leaves(jaxpr: Any, piece: Piece, var: Any) -> bool:
-    """Whether what follows a piece uses a value."""
-    return any(var in eqn.invars for eqn in jaxpr.eqns[piece.end :]) or var in jaxpr.outvars
 
 
 def _names(eqns: Sequence[Any]) -> tuple[str, ...]:

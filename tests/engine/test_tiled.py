@@ -285,6 +285,16 @@ def test_nothing_to_slice_is_a_note_that_names_what_is_in_the_way():
         stack(jnp.ones((3, 1, 1)), jnp.eye(5))
 
 
+def test_tags_between_which_nothing_can_be_sliced_are_a_note():
+    def one(w, x):
+        return checkpoint_name(jnp.linalg.inv(x * w), "inverse") + jnp.sin(x)
+
+    stack = checkpoint_scan(one, stages="tags:inverse", tiles=4)
+    with pytest.warns(UserWarning, match=r"tiles=4 found nothing to slice: .* is computed whole"):
+        gradient = jax.grad(lambda w: stack(w, 2 * jnp.eye(5)).sum())(jnp.ones((3, 1, 1)))
+    assert bool(jnp.isfinite(gradient).all())
+
+
 def test_slices_that_would_be_too_small_are_a_note():
     stack = checkpoint_scan(block, tiles="auto")
     with pytest.warns(UserWarning, match=r"tiles='auto' found nothing to slice: .* large enough to keep a GPU busy"):
