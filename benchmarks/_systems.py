@@ -108,7 +108,7 @@ def fused_attention(how: str) -> Iterator[None]:
             total = functools.reduce(jnp.add, biases)
             bias = total.reshape(-1, *total.shape[-3:]).astype(query.dtype)
             bias = jnp.broadcast_to(bias, (bias.shape[0], heads, length, key.shape[-3]))
-        out = jax.nn.dot_product_attention(*flat, bias=bias, is_causal=causal, implementation=how)  # pyright: ignore
+        out = jax.nn.dot_product_attention(*flat, bias=bias, is_causal=causal, implementation=how)  # pyright: ignore[reportArgumentType]
         return out.reshape(*leading, length, heads, -1)
 
     with mock.patch.object(_layers, "attention", attention), mock.patch.object(transformer_model, "attention", attention):
