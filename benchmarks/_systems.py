@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import importlib.metadata
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from unittest import mock
 
 import flax.linen as nn
@@ -97,18 +97,18 @@ class FusedStack(Stack):
 
 
 @contextlib.contextmanager
-def fused_attention(how: str) -> Iterator[None]:
+def fused_attention(how: Literal["xla", "cudnn"]) -> Iterator[None]:
     """Our models with `jax.nn.dot_product_attention`: cuDNN's kernel, or "xla", its formula, where values are compared."""
 
     def attention(query: Any, key: Any, value: Any, *, biases: Any = (), causal: bool = False) -> Any:
         leading, (length, heads, _) = query.shape[:-3], query.shape[-3:]
-        flat = [x.reshape(-1, *x.shape[-3:]) for x in (query, key, value)]
-        bias = None
+        flat: Any = [x.reshape(-1, *x.shape[-3:]) for x in (query, key, value)]
+        bias: Any = None
         if biases:
             total = functools.reduce(jnp.add, biases)
             bias = total.reshape(-1, *total.shape[-3:]).astype(query.dtype)
             bias = jnp.broadcast_to(bias, (bias.shape[0], heads, length, key.shape[-3]))
-        out = jax.nn.dot_product_attention(*flat, bias=bias, is_causal=causal, implementation=how)  # pyright: ignore[reportArgumentType]
+        out = jax.nn.dot_product_attention(*flat, bias=bias, is_causal=causal, implementation=how)
         return out.reshape(*leading, length, heads, -1)
 
     with mock.patch.object(_layers, "attention", attention), mock.patch.object(transformer_model, "attention", attention):
