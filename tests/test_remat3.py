@@ -11,6 +11,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import jax
+import pytest
 
 ROOT = Path(__file__).parents[1]
 RESIDUALS = "test_without_chunks_each_block_stores_its_carry_and_what_the_policy_says"
@@ -67,6 +68,7 @@ def test_the_flag_is_known_and_off_by_default():
     assert said.stdout.strip() == "True"
 
 
+@pytest.mark.full  # which `.ci/run` runs
 def test_the_core_of_the_suite_passes_but_for_what_is_listed(tmp_path):
     passed, failed, log = outcomes(tmp_path / "report.xml")
     assert len(passed) > 200, log
