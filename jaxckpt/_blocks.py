@@ -9,14 +9,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxckpt import policies
-from jaxckpt._leaves import named_leaves
 from jaxckpt._setting import check_blocks_per_ckpt
 from jaxckpt.analysis import tagging
 from jaxckpt.engine import refs
 from jaxckpt.engine.choice import with_choice
 from jaxckpt.engine.single import checkpointed
 from jaxckpt.flax.calls import Call, traced_call
-from jaxckpt.flax.linen import bound_module
+from jaxckpt.flax.linen import bound_module, variables_of
 from jaxckpt.policies.grammar import JaxPolicy, everything, nothing
 
 
@@ -67,14 +66,14 @@ def checkpoint_blocks(
     if any(module.is_initializing() for module in modules):
         return _run(blocks, args)
     refs.check_given("checkpoint_blocks", [("the argument", args)])
-    before = _variables(modules)
+    before = variables_of(modules)
     tags = _tags(blocks, args) if policy.reads_tags else ()
     keep = functools.partial(_chosen, policy, tags) if policy.chooses else policy.for_tags(tags)
     if blocks_per_ckpt == 1:
         keep = everything  # one block at a time is alive anyway: keeping less inside it would only run it a third time
     for start in range(0, len(blocks), blocks_per_ckpt):
         args = _checkpoint(blocks[start : start + blocks_per_ckpt], nothing, inner=keep)(*args)
-    for name, leaf in _variables(modules).items():
+    for name, leaf in variables_of(modules).items():
         if before.get(name) is not leaf:
             raise ValueError(
                 f"checkpoint_blocks: a bound Linen module writes {name[1]}, and what is written in a checkpointed chunk is "
@@ -97,11 +96,6 @@ def _check_blocks(blocks: Any, blocks_per_ckpt: object) -> None:
     if blocks_per_ckpt is not None and not all(map(callable, blocks)):
         i, other = next((i, block) for i, block in enumerate(blocks) if not callable(block))
         raise TypeError(f"checkpoint_blocks takes a list of callables, and blocks[{i}] is {other!r:.200}")
-
-
-def _variables(modules: Sequence[Any]) -> dict[tuple[int, str], Any]:
-    """The variables of bound Linen modules, by module and path."""
-    return {(i, path): leaf for i, module in enumerate(modules) for path, leaf in named_leaves(module.variables)}
 
 
 def _wrap(value: Any) -> tuple[Any, ...]:

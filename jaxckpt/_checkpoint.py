@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import jax
 from flax import nnx
 
 from jaxckpt._equinox import check_no_module
@@ -13,7 +14,7 @@ from jaxckpt._setting import Setting, make_setting
 from jaxckpt.engine import check
 from jaxckpt.flax import single
 from jaxckpt.flax.calls import run_call
-from jaxckpt.flax.linen import bound_module
+from jaxckpt.flax.linen import bound_module, closed_over_modules, is_bound
 from jaxckpt.policies.grammar import JaxPolicy, Policy
 
 
@@ -33,7 +34,8 @@ def checkpoint(
     Arguments:
         fn: a function, or a method to decorate; a Linen class (a class of the same fields and variables is returned, as by
             `nn.remat`), an instance of one (unbound: another instance; bound: a function); an NNX class or module (the same
-            kind, which shares the module's variables; what it changes in them is written back).
+            kind, which shares the module's variables and submodules, and has its own attributes from then on; what it
+            changes is written back).
         policy: what is kept (see `jaxckpt.policies`).
         stages: pieces that `fn` is cut into, each checkpointed by itself: None, "auto", an integer (pieces at most), or
             "tags:NAMES" to cut behind tagged values. While `fn` is differentiated, what crosses the cuts is kept.
@@ -41,7 +43,8 @@ def checkpoint(
             `stages` is not given.
     Raises:
         TypeError: `fn` cannot be called; or, at the call, it is given a `jax.Ref`, or closes over one.
-        ValueError: a knob that is not allowed; or, at the call, tags that are not there, side effects.
+        ValueError: a knob that is not allowed; or, at the call, tags that are not there, side effects, and what `fn` writes
+            in a bound Linen module or an NNX object that it closes over (one that it is given may be written).
 
     A vocabulary's head, whose logits `[tokens, words]` never exist whole:
 
@@ -75,8 +78,13 @@ def _of_function(fn: Callable[..., Any], setting: Setting) -> Callable[..., Any]
     def run(*args: Any, **keywords: Any) -> Any:
         if (module := bound_module(fn)) is not None:
             return single.run_linen(single.unbound(fn), module, args, keywords, setting, names)
-        if args and isinstance(args[0], nn.Module):  # a method that was decorated
+        if args and is_bound(args[0]):  # a method that was decorated
             return single.run_linen(fn, args[0], args[1:], keywords, setting, names)
+        if modules := [leaf for leaf in jax.tree.leaves((args, keywords), is_leaf=is_bound) if is_bound(leaf)]:
+            ignoring = lambda _, *args, **keywords: fn(*args, **keywords)  # noqa: E731
+            return single.run_linen(ignoring, modules[0], args, keywords, setting, names)
+        if modules := closed_over_modules(fn):
+            return single.run_closure(fn, modules, args, keywords, setting, names)
         return run_call(lambda fns, given: fns[0](*given[0], **given[1]), [fn], (args, keywords), setting, names)
 
     # Flax marks methods by attributes; those of an object are its own.

@@ -171,6 +171,53 @@ def test_a_bound_module_and_its_method(by_method, train):
     assert relative_error(linen_value(Inside(by_method), variables, train), want) < 1e-12
 
 
+class Given(nn.Module):
+    """A bound module among the arguments."""
+
+    where: str = "second"
+
+    @nn.compact
+    def __call__(self, x, labels, train=False):
+        head = Head(name="head")
+        if self.where == "second":
+            return checkpoint(lambda x, m: m(x, labels, train), tiles=4)(x, head)
+        if self.where == "keyword":
+            return checkpoint(lambda x, m: m(x, labels, train), tiles=4)(x, m=head)
+        return checkpoint(lambda x, m: m["heads"][0](x, labels, train))(x, {"heads": [head]})
+
+
+@pytest.mark.parametrize("where", ["second", "keyword", "in a tree"])
+def test_a_bound_module_among_the_arguments(where):
+    module = Given(where)
+    variables = {"params": {}, "statistics": {}}
+    plain = Head().init(jax.random.key(0), X, LABELS)
+    variables = {name: {"head": tree} for name, tree in plain.items()}
+    made = module.init(jax.random.key(0), X, LABELS)
+    assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, variables)
+    value, (of_params, of_x) = linen_value(module, variables, True)
+    assert jax.tree.all(jax.tree.map(lambda leaf: bool(jnp.isfinite(leaf).all()), (value, of_params, of_x)))
+    assert float(value[1]["statistics"]["head"]["seen"]) != 0
+
+
+class Closure(nn.Module):
+    writes: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        layer = nn.BatchNorm(use_running_average=not self.writes, param_dtype=x.dtype, name="layer")
+        return checkpoint(lambda x: jnp.exp(jnp.sin(layer(x))))(x)
+
+
+def test_a_bound_module_that_is_closed_over():
+    variables = Closure().init(jax.random.key(0), X)
+    assert not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(variables))
+    loss = lambda params, fn: fn({**variables, "params": params}, X).sum()  # noqa: E731
+    got = jax.grad(loss)(variables["params"], Closure().apply)
+    assert got["layer"]["scale"].shape == (WIDTH,) and bool(jnp.any(got["layer"]["scale"] != 0))
+    with pytest.raises(ValueError, match=r"<lambda> writes .*mean.* of a Linen module that it closes over"):
+        Closure(writes=True).apply(variables, X, mutable=["batch_stats"])
+
+
 def test_a_method_that_is_decorated():
     want = linen_value(Head(), variables := Head().init(jax.random.key(0), X, LABELS), True)
     assert relative_error(linen_value(Decorated(), variables, True), want) < 1e-12
@@ -241,6 +288,10 @@ def test_transformations():
     assert relative_error(*forward) < 1e-12
 
 
+class NoCall(nnx.Module):
+    pass
+
+
 def test_bad_input():
     with pytest.raises(TypeError, match="checkpoint takes a function, a Flax module or a class of them; got 3"):
         checkpoint(3)
@@ -252,8 +303,16 @@ def test_bad_input():
         checkpoint(loss_of, stages="tags:logits")(KERNEL, X, LABELS)
     with pytest.raises(ValueError, match=r"loss_of: .*'logits'"):
         checkpoint(loss_of, policy="save:logits")(KERNEL, X, LABELS)
-    with pytest.raises(TypeError, match=r"jax\.Ref"):
+    with pytest.raises(TypeError, match=r"an argument is a jax\.Ref, .* write into the Ref what is returned"):
         checkpoint(lambda x: x[...])(jax.new_ref(X))
+    with pytest.raises(TypeError, match=r"NoCall has no method __call__: write checkpoint\(module\.method\)"):
+        checkpoint(NoCall)
+    with pytest.raises(
+        ValueError, match=r"<lambda> has a side effect, .* it would happen twice\. Return the value instead, or"
+    ):
+        jax.jit(checkpoint(lambda x: jax.experimental.io_callback(abs, X, x)))(X)
+    with pytest.warns(UserWarning, match=r"tiles=5 found nothing to slice: no piece .* much less memory in slices$"):
+        checkpoint(lambda x: x * 2.0, tiles=5)(X)
     with pytest.raises(ValueError, match="changes an NNX object that it closes over"):
         stream = nnx.Rngs(0)
         checkpoint(lambda x: x + jax.random.normal(stream(), ()))(X)

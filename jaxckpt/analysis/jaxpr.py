@@ -144,7 +144,7 @@ def _is_closed_over(error: Exception) -> bool:
 
 def effects(closed: Any) -> list[str]:
     """The side effects, debugging output included."""
-    return sorted(str(effect) for effect in closed.effects if type(effect).__name__ != _NAMED_AXIS)
+    return sorted(map(_effect_name, (e for e in closed.effects if type(e).__name__ != _NAMED_AXIS)))
 
 
 def impure_effects(closed: Any) -> list[str]:
@@ -155,7 +155,7 @@ def impure_effects(closed: Any) -> list[str]:
     callbacks = [eqn.params["callback"] for eqn in equations(closed.jaxpr) if eqn.primitive.name == "io_callback"]
     if callbacks:
         return [f"io_callback({_callback_name(callback)})" for callback in callbacks]
-    return sorted({str(effect) for effect in effects})
+    return sorted(set(map(_effect_name, effects)))
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:
@@ -216,6 +216,10 @@ def _inner(eqn: Any) -> list[Any]:
 def is_dropped(var: Any) -> bool:
     """Whether an output of an equation is used nowhere."""
     return type(var).__name__ == "DropVar"
+
+
+def _effect_name(effect: Any) -> str:
+    return "a check of checkify" if type(effect).__name__ == "ErrorEffect" else str(effect)
 
 
 def _callback_name(callback: Any) -> str:

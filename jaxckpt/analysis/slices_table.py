@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
@@ -130,7 +131,7 @@ def _beside(name: str) -> Callable[[Any, int], Axes | None]:
 
 
 def _several(axes: Any) -> Sequence[int]:
-    return (axes,) if isinstance(axes, int) else axes
+    return (axes,) if np.ndim(axes) == 0 else axes  # NumPy's integers too
 
 
 def _stack(eqn: Any, axis: int) -> Axes | None:

@@ -217,11 +217,12 @@ class Tiler:
         return found
 
     def _with_conversions(self, tiling: Tiling, out: Sequence[Any]) -> Tiling:
-        """With conversions to fewer bits whose result only the loop uses in the loop."""
+        """With conversions to fewer bits in the loop, where only the loop uses the result, and all of it."""
         before, inside = list(tiling.before), dict(tiling.inside)
+        sliced = {place.of(self.jaxpr) for place, _ in tiling.entering}
         for i in tiling.before[::-1]:
             (var, *more), rest = self.jaxpr.eqns[i].outvars, [k for k in before if k != i]
-            is_used = var in out or any(var in self.variables[k] for k in rest)
+            is_used = var in out or var in sliced or any(var in self.variables[k] for k in rest)
             if not more and not is_used and _narrows(self.jaxpr.eqns[i]):
                 before.remove(i)
                 inside[i] = None

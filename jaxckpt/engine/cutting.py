@@ -7,7 +7,7 @@ from typing import Any
 from jaxckpt._recent import Recent
 from jaxckpt._setting import Setting, Stages
 from jaxckpt._setting import Tiles as Most
-from jaxckpt.analysis import inlining, numbering, sources
+from jaxckpt.analysis import flow, inlining, numbering, sources
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis.cuts import SLACK, Block, find_cuts
 from jaxckpt.analysis.stages import Piece, cuts_at_tags, pieces_between
@@ -34,8 +34,8 @@ def cut(
     if found := jx.effects(closed):
         knob, verb = ("tiles", "slices") if tiles else ("stages", "cuts")
         raise ValueError(
-            f"{names.block} has side effects ({', '.join(found)}), and {knob} {verb} only blocks without: take debugging "
-            f"output out of the block, or leave {knob} away"
+            f"{names.block} has side effects ({', '.join(found)}), and {knob} {verb} only blocks without: take prints, "
+            f"callbacks and checks out of it, or leave {knob} away"
         )
     try:
         flat, pieces = pieces_of(closed, carried, stages, tiles, keep if setting.policy.may_offload else nothing)
@@ -43,18 +43,19 @@ def cut(
         raise ValueError(f"{names.block}: {error}") from None
     is_whole = len(pieces) == 1 and pieces[0].tiles is None
     if tiles and all(piece.tiles is None for piece in pieces):
-        check.warn(f"{names.block}: tiles={tiles!r} found nothing to slice{_reason(flat.jaxpr, pieces)}")
+        check.warn(f"{names.block}: tiles={tiles!r} found nothing to slice{_reason(flat.jaxpr, pieces, tiles)}")
     elif is_whole:
         asked = "tags:" + ",".join(stages) if isinstance(stages, tuple) else stages
         check.warn(f"{names.block}: stages={asked!r} found nothing to cut; the block stays whole")
     return (closed, []) if is_whole else (flat, pieces)
 
 
-def _reason(jaxpr: Any, pieces: Sequence[Piece]) -> str:
+def _reason(jaxpr: Any, pieces: Sequence[Piece], tiles: Most) -> str:
     """What is in the way of slices, for a sentence that says there are none."""
     found = [jaxpr.eqns[i] for piece in pieces for i in piece.obstacles]
     if not found:
-        return ": no piece of it would need less memory in slices that are large enough to keep a GPU busy"
+        enough = " that are large enough to keep a GPU busy" if tiles == "auto" else ""
+        return f": no piece of it would need much less memory in slices{enough}"
     largest = max(found, key=lambda eqn: sum(jx.nbytes(var.aval) for var in eqn.outvars))
     where = f", {place}" if (place := sources.place_of(largest)) else ""
     return f": {largest.primitive.name} ({largest.outvars[0].aval.str_short()}{where}) is computed whole"
@@ -77,7 +78,10 @@ _recent: Recent[list[Piece]] = Recent()
 def _pieces(flat: Any, carried: tuple[int, ...], stages: Stages, tiles: Most, whole: frozenset[int]) -> list[Piece]:
     """The pieces of a block; equal blocks are looked at once, since a search for slices takes seconds."""
     asked = carried, stages, tiles, whole
-    return _recent.of((jx.text(flat), *asked), lambda: _found(flat, *asked))
+    # A custom_jvp is sliced by its rule too, of which the text says nothing.
+    customs = [eqn for eqn in jx.equations(flat.jaxpr) if eqn.primitive.name == "custom_jvp_call"] if tiles else []
+    rules = tuple(rule and jx.text(rule) for rule in map(flow.derivative, customs))
+    return _recent.of((jx.text(flat), rules, *asked), lambda: _found(flat, *asked))
 
 
 def _found(flat: Any, carried: tuple[int, ...], stages: Stages, tiles: Most, whole: frozenset[int]) -> list[Piece]:

@@ -25,7 +25,7 @@ def check_given(block: str, trees: Iterable[tuple[str, Any]]) -> None:
                 what = f"{name}{jax.tree_util.keystr(path)}"
                 raise TypeError(
                     f"{block}: {what} is a jax.Ref, {jax.typeof(leaf)}, {_WHY}Pass its value, ref[...], and write into the "
-                    "Ref what the stack returns. A Ref that the block makes itself, jax.new_ref, is fine."
+                    "Ref what is returned. A Ref that the block makes itself, jax.new_ref, is fine."
                 )
 
 
@@ -33,6 +33,6 @@ def check_closed_over(block: str, closed: Any) -> None:
     """Refuses a block that closes over a Ref; `closed` is its jaxpr."""
     if jx.closes_over_ref(closed):
         raise TypeError(
-            f"{block} closes over a jax.Ref, {_WHY}Return what it would write (has_aux=True stacks it per block), and pass "
+            f"{block} closes over a jax.Ref, {_WHY}Return what it would write (a stack's block with has_aux=True), and pass "
             "what it reads, ref[...], as an argument. A Ref that the block makes itself, jax.new_ref, is fine."
         )

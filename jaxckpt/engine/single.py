@@ -26,7 +26,11 @@ def run_under(setting: Setting, closed: Any, arrays: list[Any], names: check.Nam
     Raises:
         ValueError: side effects; or a policy or stages name tags that are not there.
     """
-    check.effects(closed, setting, names)
+    if not setting.policy.keeps_everything and (found := jx.impure_effects(closed)):
+        raise ValueError(
+            f"{names.block} has a side effect, {', '.join(found)}, and what is checkpointed is run again in the backward "
+            "pass, so it would happen twice. Return the value instead, or use jax.debug.callback, which may run again."
+        )
     closed, keep, _ = resolve(setting, closed, names)
     closed, pieces = cut(setting, closed, (), names, keep)
     return checkpointed(closed, keep, arrays, pieces)

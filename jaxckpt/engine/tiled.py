@@ -24,6 +24,8 @@ from jax.extend import core
 from jaxckpt._leaves import replaced
 from jaxckpt.analysis import slices
 from jaxckpt.analysis.numbering import Scope, run_equation
+from jaxckpt.analysis.slices import Rule
+from jaxckpt.analysis.slices_table import resized
 from jaxckpt.analysis.tiles import Tiles, entries
 from jaxckpt.policies.grammar import JaxPolicy
 
@@ -63,6 +65,7 @@ def in_slices(jaxpr: Any, outvars: Sequence[Any], tiles: Tiles, keep: JaxPolicy,
             inputs = [read(var, axis) for var, axis in zip(eqn.invars, wished, strict=True)]
             with scoped(i):
                 made = slices.run(eqn, found, inputs, size, index, step, start=start) if found else run_equation(eqn, inputs)
+            _check(eqn, found, made, size)
             values.update(zip(eqn.outvars, made, strict=True))
         return [values[var] for var, _ in out]
 
@@ -81,6 +84,14 @@ def in_slices(jaxpr: Any, outvars: Sequence[Any], tiles: Tiles, keep: JaxPolicy,
         return [lax.concatenate([head, tail[0]], dimension=axis) for head, tail, (_, axis) in pairs]
 
     return run
+
+
+def _check(eqn: Any, found: Rule | None, made: Sequence[Any], size: int) -> None:
+    """What is no slice of the whole, in a program of many, must not go on as one."""
+    axes = found.outputs if found else [None] * len(made)
+    for var, value, axis in zip(eqn.outvars, made, axes, strict=True):
+        if value is not None and value.shape != resized(var.aval.shape, axis, size):
+            raise AssertionError(f"{eqn.primitive}: a slice of {var.aval.shape} along {axis} is {value.shape}")
 
 
 def _split(x: Any, axis: int, each: int, count: int) -> Any:

@@ -65,7 +65,7 @@ def run_call(
     run: Callable[[list[Any], Any], Any], fns: Sequence[Callable[..., Any]], args: Any, setting: Setting, names: check.Names
 ) -> Any:
     """`run(fns, args)`, checkpointed as `setting` says."""
-    refs.check_given(names.block, [("the argument", args)])
+    refs.check_given(names.block, [("an argument", leaf) for leaf in jax.tree.leaves(args)])
     call = traced_call(run, fns, args, names.block)
     return call.returned(run_under(setting, call.closed, call.arrays, names))
 

@@ -8,7 +8,8 @@ between the two and between settings.
 import dataclasses
 import functools
 import re
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import flax.core
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import errors
 
-from jaxckpt._leaves import STACK_THEM, stacked_length
+from jaxckpt._leaves import STACK_THEM, named_leaves, stacked_length
 from jaxckpt._metadata import add_layer_axis, remove_layer_axis
 from jaxckpt._setting import Setting
 from jaxckpt.engine import check
@@ -96,11 +97,29 @@ def _per_block_keys(key: jax.Array, length: int) -> jax.Array:
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(length))
 
 
+def is_bound(value: Any) -> bool:
+    """Whether `value` is a bound Linen module."""
+    return isinstance(value, nn.Module) and value.scope is not None
+
+
+def closed_over_modules(fn: Any) -> list[nn.Module]:
+    """The bound Linen modules that a function closes over."""
+    fn = fn.func if isinstance(fn, functools.partial) else fn
+    cells = [cell for cell in getattr(fn, "__closure__", None) or () if cell != types.CellType()]
+    found = [cell.cell_contents for cell in cells]
+    return [leaf for leaf in jax.tree.leaves(found, is_leaf=is_bound) if is_bound(leaf)]
+
+
+def variables_of(modules: Sequence[nn.Module]) -> dict[tuple[int, str], Any]:
+    """The variables of bound modules, by module and path."""
+    return {(i, path): leaf for i, module in enumerate(modules) for path, leaf in named_leaves(module.variables)}
+
+
 def bound_module(block: Any) -> nn.Module | None:
     """The bound Linen module that `block`, a module, its method or a `functools.partial` of either, runs."""
     block = block.func if isinstance(block, functools.partial) else block
     block = getattr(block, "__self__", block)
-    return block if isinstance(block, nn.Module) and block.scope is not None else None
+    return block if is_bound(block) else None
 
 
 def _check_unbound(keywords: dict[str, Any], names: check.Names) -> None:

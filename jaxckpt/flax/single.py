@@ -14,13 +14,13 @@ from flax.linen import transforms
 from jaxckpt._setting import Setting
 from jaxckpt.engine import check
 from jaxckpt.flax.calls import run_call
-from jaxckpt.flax.linen import fields_of
+from jaxckpt.flax.linen import fields_of, variables_of
 
 
 @functools.lru_cache(1024)  # so that equal modules are equal
 def linen_class(block: type[nn.Module], setting: Setting) -> type[nn.Module]:
     """The class with the fields and variables of `block`; its name is that of `nn.remat`, `CheckpointBlock`."""
-    check.method_of(block, None)
+    _check_callable(block)
     return cast(type[nn.Module], transforms.lift_transform(_lifted(setting, check.Names(block.__name__, ())), block))
 
 
@@ -37,12 +37,45 @@ def run_linen(
     return transforms.lift_transform(_lifted(setting, names), fn)(module, *args, **keywords)
 
 
+def run_closure(
+    fn: Callable[..., Any],
+    modules: list[nn.Module],
+    args: tuple,
+    keywords: dict[str, Any],
+    setting: Setting,
+    names: check.Names,
+) -> Any:
+    """`fn(*args, **keywords)` of a function that closes over bound modules, and reads them only.
+
+    Raises:
+        ValueError: it writes one, which would be lost.
+    """
+    if any(module.is_initializing() for module in modules):
+        return fn(*args, **keywords)
+    before = variables_of(modules)
+    out = run_call(lambda fns, given: fns[0](*given[0], **given[1]), [fn], (args, keywords), setting, names)
+    written = [path for (_, path), leaf in variables_of(modules).items() if before.get((_, path)) is not leaf]
+    if written:
+        raise ValueError(
+            f"{names.block} writes {', '.join(written)} of a Linen module that it closes over, and that could not leave "
+            "what is checkpointed: give it the module as an argument, checkpoint(lambda module, x: ...)(module, x)"
+        )
+    return out
+
+
 def unbound(fn: Any) -> Callable[..., Any]:
     """A function `(module, *args, **keywords)` of a bound module, its method, or a `functools.partial` of either."""
     if isinstance(fn, functools.partial):
         inner = unbound(fn.func)
         return lambda module, *args, **keywords: inner(module, *fn.args, *args, **{**fn.keywords, **keywords})
     return fn.__func__ if isinstance(fn, types.MethodType) else lambda module, *args, **keywords: module(*args, **keywords)
+
+
+def _check_callable(block: type) -> None:
+    if not any("__call__" in vars(cls) for cls in block.__mro__):
+        raise TypeError(
+            f"{block.__name__} has no method __call__: write checkpoint(module.method), or checkpoint(lambda module, x: ...)"
+        )
 
 
 def _lifted(setting: Setting, names: check.Names) -> Callable[..., Any]:
@@ -69,7 +102,8 @@ def _lifted(setting: Setting, names: check.Names) -> Callable[..., Any]:
 @functools.lru_cache(1024)  # so that equal modules are of one class
 def nnx_class(block: type[nnx.Module], setting: Setting) -> type[nnx.Module]:
     """The subclass of `block` that is checkpointed when it is called."""
-    method, names = check.method_of(block, None), check.Names(block.__name__, ())
+    _check_callable(block)
+    method, names = block.__call__, check.Names(block.__name__, ())
 
     def __call__(self: nnx.Module, *args: Any, **keywords: Any) -> Any:
         def run(_: Any, given: Any) -> Any:

@@ -13,7 +13,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxckpt import checkpoint_scan, explain
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis import tiles as of_tiles
-from tests.support import QUICK, plain_loop, random_like, relative_error
+from jaxckpt.engine import tiled
+from tests.support import QUICK, plain_loop, pull_back, random_like, relative_error
 
 N, T, D = 3, 12, 4
 
@@ -236,6 +237,59 @@ def test_shared_gradients_are_summed_in_float32():
         return sum(np.linalg.norm(a - b) for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True))
 
     assert distance(run("bfloat16", tiles=64)) < 1.1 * distance(run("bfloat16"))
+
+
+@pytest.mark.parametrize("engine", ["scan", "reversal"])
+@pytest.mark.parametrize("both", ["one product", "two"])
+def test_a_value_of_fewer_bits_that_is_needed_in_slices_and_whole(both, engine, x64):
+    """Its conversion stays before the loop, where only a value that is needed whole is converted inside."""
+
+    def one(w, x):
+        h = (x * w).astype("float32")
+        logits = jnp.einsum("qc,kc->qk", h, h) if both == "one product" else jnp.tanh(h) @ h.T
+        return x + jnp.exp(jnp.sin(jnp.tanh(logits))).sum(-1, keepdims=True).astype(x.dtype) / 100
+
+    w, x = random_like((jax.ShapeDtypeStruct((3, 1, 4), float), jax.ShapeDtypeStruct((64, 4), float)))
+    got = pull_back(checkpoint_scan(one, tiles=4, engine=engine), w, x)
+    assert relative_error(got, pull_back(lambda w, x: plain_loop(one, w, x), w, x)) < 1e-5  # of float32 inside
+
+
+def test_a_slice_that_is_none_does_not_go_on(monkeypatch):
+    monkeypatch.setattr(tiled, "resized", lambda shape, axis, size: (*shape, 1))
+    with pytest.raises(AssertionError, match=r"a slice of \(.*\) along"):
+        checkpoint_scan(block, tiles=4)(W, X, mask=jnp.ones((1, T)))
+
+
+@pytest.mark.parametrize(
+    "move", [lambda x: jnp.roll(x, 2, axis=1), lambda x: jnp.roll(x, 1, 0), lambda x: jnp.fft.fftshift(x, 1)]
+)
+def test_rolled_values(move, x64):
+    """`jnp.roll` names its axis by an integer of NumPy."""
+
+    def one(w, x):
+        return x + move(jnp.exp(jnp.sin(x * w)))
+
+    w, x = random_like((jax.ShapeDtypeStruct((3, 1, 6), float), jax.ShapeDtypeStruct((12, 6), float)))
+    got = pull_back(checkpoint_scan(one, tiles=3), w, x)
+    assert relative_error(got, pull_back(lambda w, x: plain_loop(one, w, x), w, x)) < 1e-12
+
+
+def test_functions_of_one_text_and_other_derivatives(x64):
+    """What was found for one is not believed of the other."""
+
+    def stack(rule):
+        @jax.custom_jvp
+        def act(x):
+            return jnp.tanh(x)
+
+        act.defjvp(lambda primals, tangents: (jnp.tanh(primals[0]), rule(tangents[0])))
+        return lambda w, x: x + act(jnp.sin(x @ w) @ w.T)
+
+    w, x = random_like((jax.ShapeDtypeStruct((3, 4, 40), float), jax.ShapeDtypeStruct((20, 4), float)))
+    for rule in (lambda t: 2 * t, lambda t: jnp.cumsum(t, 0), lambda t: 3 * t):
+        one = stack(rule)
+        got = pull_back(checkpoint_scan(one, tiles=5), w, x)
+        assert relative_error(got, pull_back(lambda w, x, one=one: plain_loop(one, w, x), w, x)) < 1e-12
 
 
 def test_only_tangents_are_converted():
