@@ -54,7 +54,7 @@ def run_closure(
         return fn(*args, **keywords)
     before = variables_of(modules)
     out = run_call(lambda fns, given: fns[0](*given[0], **given[1]), [fn], (args, keywords), setting, names)
-    written = [path for (_, path), leaf in variables_of(modules).items() if before.get((_, path)) is not leaf]
+    written = [key[1] for key, leaf in variables_of(modules).items() if before.get(key) is not leaf]
     if written:
         raise ValueError(
             f"{names.block} writes {', '.join(written)} of a Linen module that it closes over, and that could not leave "
