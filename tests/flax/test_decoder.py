@@ -198,6 +198,7 @@ def test_loss_and_gradients_are_those_of_the_loop(x64, setting):
 @pytest.mark.parametrize("setting", settings(), ids=str)
 def test_loss_and_gradients_are_those_of_the_loop_under_every_setting(x64, setting):
     check(**setting)
+    jax.clear_caches()  # XLA of JAX 0.12.0.1 crashes where hundreds of programs live in one process
 
 
 def test_a_token_is_generated_with_the_caches_of_all_layers(x64):
