@@ -134,6 +134,8 @@ def workloads() -> dict[str, Stack]:
         "pairformer-tiny": pairformer(12, 24, 6),
         "pairformer-small": pairformer(8, 24, 4, jnp.float32),
         "transformer-small": transformer(12, 4, 128, 128, 3, jnp.float32),
+        "pairformer-128": pairformer(4, 128, 2, jnp.float32),  # large enough to be sliced
+        "transformer-512": transformer(4, 4, 512, 256, 2, jnp.float32),
         **{f"pairformer-{tokens}": pairformer(48, tokens, 6) for tokens in (384, 512, 768)},
         "pairformer-768x192": pairformer(192, 768, 12),
         "pairformer-2048": pairformer(48, 2048, 6),

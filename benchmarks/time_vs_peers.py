@@ -16,6 +16,7 @@ import argparse
 import datetime
 import functools
 import os
+import re
 import statistics
 import time
 import warnings
@@ -58,7 +59,7 @@ def main() -> None:
     rows = {name_of(row): row for other in races if key(other) == key(race) for row in other["rows"]}
 
     def is_wanted(entry: Entry) -> bool:
-        is_asked = any(part in f"{entry.system} {entry.setting}" for part in options.systems or [""])
+        is_asked = any(re.search(part, f"{entry.system} {entry.setting}") for part in options.systems or [""])
         return is_asked and (options.again or is_missing(rows.get((entry.system, entry.setting))))
 
     called = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -76,7 +77,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", choices=workloads(), default="transformer-small")
-    parser.add_argument("--systems", nargs="+", help="only those whose name or setting contains one of these")
+    parser.add_argument("--systems", nargs="+", help="only those whose name and setting match a pattern")
     parser.add_argument("--again", action="store_true", help="also what ran here with this version of JAX before")
     parser.add_argument("--rounds", type=int, default=30, help="at most")
     parser.add_argument("--minutes", type=float, default=8, help="at least five rounds are run")
