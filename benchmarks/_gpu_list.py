@@ -91,7 +91,7 @@ def measurements(dry: bool) -> list[Measurement]:
 
 
 def _fewer(m: Measurement) -> Measurement | None:
-    """What a dry run makes of a measurement: one of each kind is whole, so that it ends within three minutes."""
+    """What a dry run makes of a measurement: some of each kind, so that it ends within three minutes."""
     fewer = {
         ("peak", "transformer"): (REFERENCE,),
         ("peak", "pairformer-384"): ("offload",),

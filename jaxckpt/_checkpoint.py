@@ -13,7 +13,7 @@ from jaxckpt._equinox import check_no_module
 from jaxckpt._setting import Setting, make_setting
 from jaxckpt.engine import check
 from jaxckpt.flax import single
-from jaxckpt.flax.calls import run_call
+from jaxckpt.flax.calls import run_function
 from jaxckpt.flax.linen import bound_module, closed_over_modules, is_bound
 from jaxckpt.policies.grammar import JaxPolicy, Policy
 
@@ -85,7 +85,7 @@ def _of_function(fn: Callable[..., Any], setting: Setting) -> Callable[..., Any]
             return single.run_linen(ignoring, modules[0], args, keywords, setting, names)
         if modules := closed_over_modules(fn):
             return single.run_closure(fn, modules, args, keywords, setting, names)
-        return run_call(lambda fns, given: fns[0](*given[0], **given[1]), [fn], (args, keywords), setting, names)
+        return run_function(fn, args, keywords, setting, names)
 
     # Flax marks methods by attributes; those of an object are its own.
     return functools.wraps(fn, updated=("__dict__",) if inspect.isfunction(fn) else ())(run)

@@ -71,11 +71,7 @@ def add_stack_options(parser: argparse.ArgumentParser, stack: bool = True) -> An
 
 def chunk_size(text: str) -> int | None:
     """What `--blocks-per-ckpt` takes: a number of blocks, or 'none' for no chunks."""
-    if text.lower() == "none":
-        return None
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of blocks, nor 'none'")
-    return int(text)
+    return _number_or_none(text, f"{text!r} is not a number of blocks, nor 'none'")
 
 
 def number_or_text(text: str) -> int | str:
@@ -93,10 +89,15 @@ def refuse_sizes(options: argparse.Namespace, option: str) -> None:
 
 def slices(text: str) -> int | str | None:
     """What `--tiles` takes: a number of slices at most, 'auto', or 'none'."""
-    if text.lower() in ("none", "auto"):
-        return None if text.lower() == "none" else "auto"
+    is_auto = text.lower() == "auto"
+    return "auto" if is_auto else _number_or_none(text, f"{text!r} is not a number of slices, nor 'auto' or 'none'")
+
+
+def _number_or_none(text: str, wrong: str) -> int | None:
+    if text.lower() == "none":
+        return None
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of slices, nor 'auto' or 'none'")
+        raise argparse.ArgumentTypeError(wrong)
     return int(text)
 
 

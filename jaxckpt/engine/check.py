@@ -32,15 +32,20 @@ class Names(NamedTuple):
 
 
 def method_of(block: type, call: Callable[..., Any] | None) -> Callable[..., Any]:
-    """How a module of a class is run: `call`, or its `__call__`; the metaclass has one too, which makes instances."""
+    """How a module of a class is run: `call`, or its `__call__`."""
     if call is not None:
         return call
-    if not any("__call__" in vars(cls) for cls in block.__mro__):
+    if not has_call(block):
         raise TypeError(
             f"{block.__name__} has no method __call__, which is what a stack runs: say what it runs instead, "
             "checkpoint_scan(..., call=lambda layer, x: layer.forward(x))"
         )
     return block.__call__
+
+
+def has_call(block: type) -> bool:
+    """Whether a class has a method `__call__`; its metaclass has one too, which makes instances."""
+    return any("__call__" in vars(cls) for cls in block.__mro__)
 
 
 def names_of(fn: Callable[..., Any], block: str, skip: int) -> Names:
@@ -167,7 +172,9 @@ def settle_carry(carry: tuple, leaves: list[Any], out_types: Sequence[Any], name
     return None if all(a is b for a, b in zip(settled, leaves, strict=True)) else settled
 
 
-def effects(closed: Any, setting: Setting, names: Names) -> None:
+def effects(
+    closed: Any, setting: Setting, names: Names, instead: str = "Return the value instead (has_aux=True stacks it per block)"
+) -> None:
     """Refuses side effects where the block is run more than once, and ordered ones where it stands in a branch."""
     if setting.offload_carry and (ordered := [text for text in jx.effects(closed) if text.startswith("Ordered")]):
         raise ValueError(
@@ -178,9 +185,8 @@ def effects(closed: Any, setting: Setting, names: Names) -> None:
     found = [] if runs_once else jx.impure_effects(closed)
     if found:
         raise ValueError(
-            f"{names.block} has a side effect, {', '.join(found)}, and a checkpointed block is run again in the "
-            "backward pass, so it would happen twice. Return the value instead (has_aux=True stacks it per block), or "
-            "use jax.debug.callback, which may run again."
+            f"{names.block} has a side effect, {', '.join(found)}, and what is checkpointed is run again in the backward "
+            f"pass, so it would happen twice. {instead}, or use jax.debug.callback, which may run again."
         )
 
 

@@ -52,11 +52,11 @@ def in_pieces(closed: Any, pieces: Sequence[Piece], keep: JaxPolicy, scope: Scop
     return run
 
 
-def crossing(jaxpr: Any, pieces: Sequence[Piece]) -> list[int]:
-    """The bytes of each value that one piece makes and another uses."""
+def crossing_bytes(jaxpr: Any, pieces: Sequence[Piece]) -> int:
+    """The bytes of all values that one piece makes and another uses."""
     ends, outputs = last_uses(jaxpr), set(var for var in jaxpr.outvars if not isinstance(var, core.Literal))
     made = [(var, piece.end) for piece in pieces for eqn in jaxpr.eqns[piece.begin : piece.end] for var in eqn.outvars]
-    return [jx.nbytes(var.aval) for var, end in made if ends.get(var, -1) >= end and var not in outputs]
+    return sum(jx.nbytes(var.aval) for var, end in made if ends.get(var, -1) >= end and var not in outputs)
 
 
 def _whole(jaxpr: Any, piece: Piece, used: list[Any], out: list[Any], keep: JaxPolicy, scope: Scope | None) -> Flat:

@@ -11,7 +11,7 @@ from jaxckpt.analysis.stages import Piece
 from jaxckpt.engine import check
 from jaxckpt.engine.cutting import cut
 from jaxckpt.engine.offload import guard_offload, loop_that_offloads
-from jaxckpt.engine.pieces import crossing, in_pieces
+from jaxckpt.engine.pieces import crossing_bytes, in_pieces
 from jaxckpt.engine.run import resolve
 from jaxckpt.policies.grammar import JaxPolicy
 
@@ -26,11 +26,7 @@ def run_under(setting: Setting, closed: Any, arrays: list[Any], names: check.Nam
     Raises:
         ValueError: side effects; or a policy or stages name tags that are not there.
     """
-    if not setting.policy.keeps_everything and (found := jx.impure_effects(closed)):
-        raise ValueError(
-            f"{names.block} has a side effect, {', '.join(found)}, and what is checkpointed is run again in the backward "
-            "pass, so it would happen twice. Return the value instead, or use jax.debug.callback, which may run again."
-        )
+    check.effects(closed, setting, names, instead="Return the value instead")
     closed, keep, _ = resolve(setting, closed, names)
     closed, pieces = cut(setting, closed, (), names, keep)
     return checkpointed(closed, keep, arrays, pieces)
@@ -42,6 +38,6 @@ def checkpointed(closed: Any, keep: JaxPolicy, arrays: list[Any], pieces: Sequen
     guarded = guard_offload(keep, loop_that_offloads(closed.jaxpr, keep) is not None)
     run = in_pieces(closed, pieces, guarded.keep) if pieces else jx.as_function(closed)
     # It is straight-line code: without the barrier XLA would merge the re-run with the forward pass.
-    if not pieces or sum(crossing(closed.jaxpr, pieces)) > _HARDLY_MORE * sum(jx.nbytes(jax.typeof(x)) for x in arrays):
+    if not pieces or crossing_bytes(closed.jaxpr, pieces) > _HARDLY_MORE * sum(jx.nbytes(jax.typeof(x)) for x in arrays):
         run = jax.checkpoint(run, policy=guarded.keep, prevent_cse=True)
     return guarded.mark(run(*guarded.mark(arrays)))

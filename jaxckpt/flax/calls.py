@@ -70,6 +70,11 @@ def run_call(
     return call.returned(run_under(setting, call.closed, call.arrays, names))
 
 
+def run_function(fn: Callable[..., Any], args: tuple, keywords: dict[str, Any], setting: Setting, names: check.Names) -> Any:
+    """`fn(*args, **keywords)`, checkpointed as `setting` says."""
+    return run_call(lambda fns, given: fns[0](*given[0], **given[1]), [fn], (args, keywords), setting, names)
+
+
 def _split(leaves: list[Any]) -> tuple[list[Any], Callable[[list[Any]], list[Any]]]:
     """The array leaves, and a function that puts arrays back among the others."""
     where = [i for i, leaf in enumerate(leaves) if is_array(leaf)]

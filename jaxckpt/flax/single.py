@@ -13,7 +13,7 @@ from flax.linen import transforms
 
 from jaxckpt._setting import Setting
 from jaxckpt.engine import check
-from jaxckpt.flax.calls import run_call
+from jaxckpt.flax.calls import run_call, run_function
 from jaxckpt.flax.linen import fields_of, variables_of
 
 
@@ -53,7 +53,7 @@ def run_closure(
     if any(module.is_initializing() for module in modules):
         return fn(*args, **keywords)
     before = variables_of(modules)
-    out = run_call(lambda fns, given: fns[0](*given[0], **given[1]), [fn], (args, keywords), setting, names)
+    out = run_function(fn, args, keywords, setting, names)
     written = [key[1] for key, leaf in variables_of(modules).items() if before.get(key) is not leaf]
     if written:
         raise ValueError(
@@ -72,7 +72,7 @@ def unbound(fn: Any) -> Callable[..., Any]:
 
 
 def _check_callable(block: type) -> None:
-    if not any("__call__" in vars(cls) for cls in block.__mro__):
+    if not check.has_call(block):
         raise TypeError(
             f"{block.__name__} has no method __call__: write checkpoint(module.method), or checkpoint(lambda module, x: ...)"
         )
