@@ -18,14 +18,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "chunks": {"blocks_per_ckpt": CHUNK},
     "dots_no_batch": {"policy": "dots_no_batch"},
     "stages": {"stages": "auto"},
+    "tiles": {"tiles": "auto"},
     "snapshots 5": {"snapshots": 5, "stages": "auto"},
+    "snapshots 5, tiles": {"snapshots": 5, "tiles": "auto"},
     "snapshots 9": {"snapshots": 9, "stages": "auto"},
     "offload": {"offload_carry": True, "stages": "auto", "engine": "reversal"},
     "cheap": {"policy": "cheap"},
 }
 REFERENCE = "per block"
-RACE = (REFERENCE, BY_HAND, "chunks", "stages", "snapshots 5", "offload", "no checkpointing", "cheap", PLAN, "snapshots 9")
-PEAKS = (REFERENCE, "chunks", "stages", "snapshots 5", "offload")
+RACE = (
+    *(REFERENCE, BY_HAND, "chunks", "stages", "tiles", "snapshots 5", "offload", "no checkpointing", "cheap", PLAN),
+    *("snapshots 5, tiles", "snapshots 9"),
+)
+PEAKS = (REFERENCE, "chunks", "stages", "snapshots 5", "offload", "snapshots 5, tiles")
 TORCH = {  # blocks per checkpoint, and whether through torch.compile
     "eager, K=1": (1, False),
     "eager, K=chunk": (CHUNK, False),
@@ -45,6 +50,7 @@ OFFLOADS: dict[str, dict[str, Any]] = {
     "MaxText's qkv_proj_offloaded": {"policy": "qkv_proj_offloaded"},
 }
 _MOST_TOKENS = 4096
+LONG_STEP = 20  # seconds: of a step that takes longer, one is made for its peak and not three
 CROP_STEP = 64  # tokens: what the search for the largest crop tells apart
 _ENGINES = ("reversal", "scan")
 
@@ -83,6 +89,7 @@ def measurements(dry: bool) -> list[Measurement]:
         Measurement("race", "pairformer-384", RACE),
         Measurement("torch", "pairformer-384", tuple(TORCH)),
         Measurement("race", "pairformer-768", RACE),
+        Measurement("peak", "pairformer-2048", ("snapshots 5, tiles",)),
         *(Measurement("crop", "pairformer", (name,)) for name in CROPS),
         Measurement("torch", "transformer", tuple(TORCH)),
         Measurement("torch", "pairformer-768", tuple(TORCH)),
@@ -96,8 +103,9 @@ def _fewer(m: Measurement) -> Measurement | None:
         ("peak", "transformer"): (REFERENCE,),
         ("peak", "pairformer-384"): ("offload",),
         ("peak", "pairformer-384 x 16"): (),
+        ("peak", "pairformer-2048"): (),
         ("gradients", "small"): ("carries, reversal", "carries, scan", "values, reversal", "values, scan"),
-        ("race", "transformer"): (REFERENCE, BY_HAND, "offload", "snapshots 5", "no checkpointing", PLAN),
+        ("race", "transformer"): (REFERENCE, BY_HAND, "offload", "snapshots 5, tiles", "no checkpointing", PLAN),
         ("race", "pairformer-384"): (),
         ("race", "pairformer-768"): (),
         ("torch", "transformer"): ("eager, K=1", "compiled, K=1"),

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from _gpu_list import CROPS, PLAN, REFERENCE, TORCH, Measurement, measurements, next_crop
+from _gpu_list import CROPS, LONG_STEP, PLAN, REFERENCE, TORCH, Measurement, measurements, next_crop
 from _journal import read
 
 Row = dict[str, Any]
@@ -15,7 +15,7 @@ INTRODUCTION = """## On a GPU
 WAITS = "**This waits for a GPU: no run on one has been made yet.**"
 _PEAKS = """#### (a) Predicted and real peaks
 
-Predicted: compiled for this GPU by its name. Real: the allocator's, in a process of its own."""
+Predicted: compiled for this GPU by its name. Real: the allocator's, in a process of its own. Seconds: of its last step."""
 _GRADIENTS = """#### (b) Gradients of what offloads
 
 The largest difference from the plain loop's, relative to its largest entry, in float64."""
@@ -73,21 +73,21 @@ def _results(rows: dict[str, Row]) -> Iterator[str]:
 def _peaks(rows: dict[str, Row]) -> Iterator[str]:
     yield _PEAKS
     yield _table(
-        ("stack", "setting", "predicted GiB", "real GiB", "real / predicted"),
+        ("stack", "setting", "predicted GiB", "real GiB", "real / predicted", "seconds"),
         ([workload, setting, *_peak_cells(row)] for (workload, setting), row in _split(rows)),
     )
 
 
 def _peak_cells(row: Row) -> list[str]:
     if "error" in row:
-        return [_cell(row["error"]), "", ""]
-    real, predicted = row["real_bytes"], row["predicted_bytes"]
+        return [_cell(row["error"]), "", "", ""]
+    real, predicted, seconds = row["real_bytes"], row["predicted_bytes"], f"{row['seconds']:.3g}"
     first = _gib(predicted) if predicted else "not compiled"
     if real is None:
-        return [first, "not counted", ""]
+        return [first, "not counted", "", seconds]
     if real <= row["bytes_before_the_step"]:  # XLA took more while it tuned the program
-        return [first, f"at most {_gib(real)}", ""]
-    return [first, _gib(real), f"{real / predicted:.3f}" if predicted else ""]
+        return [first, f"at most {_gib(real)}", "", seconds]
+    return [first, _gib(real), f"{real / predicted:.3f}" if predicted else "", seconds]
 
 
 def _gradients(rows: dict[str, Row]) -> Iterator[str]:
@@ -256,7 +256,8 @@ def _seconds_of(m: Measurement, setting: str, rows: dict[str, Row], compiled: se
     row = rows.get(f"compile/{m.workload}/{setting}", {})
     compiling = 0.0 if (m.workload, setting) in compiled else row.get("compile_seconds", 0.0)
     compiled.add((m.workload, setting))
-    return compiling + _STEPS * (row.get("model_seconds") or 0.0)
+    step = row.get("model_seconds") or 0.0
+    return compiling + (1 if m.kind == "peak" and step > LONG_STEP else _STEPS) * step
 
 
 def _calls(found: Sequence[tuple[Measurement, str, float, int]]) -> str:
