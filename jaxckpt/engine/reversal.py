@@ -27,17 +27,14 @@ from jaxckpt._leaves import replaced
 from jaxckpt._setting import Setting
 from jaxckpt.analysis import flow
 from jaxckpt.analysis import jaxpr as jx
-from jaxckpt.engine.apart import always, always_on_one_gpu, apart
+from jaxckpt.engine.apart import always, apart
+from jaxckpt.engine.kernels import by_kernels
 from jaxckpt.engine.layout import row_major
 from jaxckpt.engine.offload import to_device, to_host
 from jaxckpt.engine.once import differentiated_once, reverse_only
 from jaxckpt.engine.schedule import reversal_schedule
 from jaxckpt.engine.types import zeros
 from jaxckpt.policies.grammar import JaxPolicy, everything, nothing
-
-# The JAX whose XLA orders a loop body with a branch of its own for each block better: 24.7 against 18.9 GiB for the
-# Pairformer of 768 tokens in stages, compiled for H200 with JAX 0.12.0.1. Before, and with slots, it costs 1 percent.
-ORDERS_LOOPS_BADLY_FROM = (0, 12)
 
 Arrays = list[Any]
 Slot = dict[int, Any]  # what the reversal of a block wants, by number
@@ -379,8 +376,6 @@ def _backward(saved: _Saved, cotangents: tuple[Arrays, Arrays]) -> tuple[Inputs,
         # Transfers are asynchronous, and XLA orders the whole computation in which they stand by latency, not by memory:
         # 18.2 instead of 12.6 GiB for the Pairformer of 768 tokens, compiled for H200 with JAX 0.10.2.
         reverse_block = functools.partial(apart, always(), block.reverse)
-    elif plan.by_input and jax.__version_info__ >= ORDERS_LOOPS_BADLY_FROM:
-        reverse_block = functools.partial(apart, always_on_one_gpu(), block.reverse)
     of_carry = [
         zeros(ct.aval) if isinstance(ct, SymbolicZero) else ct
         for ct, yes in zip(cotangents[0], wanted.carry, strict=True)
@@ -390,10 +385,11 @@ def _backward(saved: _Saved, cotangents: tuple[Arrays, Arrays]) -> tuple[Inputs,
 
     def reverse(i, slot, sums):
         here = _inputs_at(inputs, i, [None] * len(wanted.carry))
+        here = here._replace(xs=by_kernels(here.xs))
         new = reverse_block(here, slot, saved.same, sums.carry, _at(of_ys, i))
         return Inputs(
             constants=list(map(jnp.add, sums.constants, new.constants)),
-            xs=_put(sums.xs, i, new.xs),
+            xs=_put(sums.xs, i, by_kernels(new.xs)),
             carry=new.carry,
             shared=list(map(jnp.add, sums.shared, new.shared)),
         )
@@ -428,7 +424,7 @@ def _backward(saved: _Saved, cotangents: tuple[Arrays, Arrays]) -> tuple[Inputs,
 
     def reverse_chunk(state, chunk):
         sums, snaps, slots = state
-        carry = from_snap(_at(snaps, chunk.snap))
+        carry = by_kernels(from_snap(_at(snaps, chunk.snap)))
         if plan.advances.start.size:
             carry, snaps = lax.fori_loop(chunk.begin, chunk.end, advance, (carry, snaps))
         if plan.by_input:

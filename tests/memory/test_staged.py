@@ -16,9 +16,6 @@ def hills(w, x):
     return x
 
 
-@pytest.mark.xfail(
-    jax.__version_info__ >= (0, 12), reason="XLA orders the scan engine's loop badly, see docs/choosing.md", strict=True
-)
 @pytest.mark.parametrize("knobs", [{}, {"blocks_per_ckpt": 2, "policy": "nothing"}], ids=str)
 def test_one_piece_at_a_time_is_alive(h200, knobs):
     shape = jax.ShapeDtypeStruct
