@@ -18,7 +18,6 @@ from jaxckpt.analysis.tradeoff import Choice, Tradeoff
 from jaxckpt.engine import check
 from jaxckpt.engine.choice import with_choice
 from jaxckpt.engine.cutting import cut
-from jaxckpt.engine.kernels import by_kernels, keeps_copies, written_by_kernels
 from jaxckpt.engine.offload import guard_offload, loop_that_offloads
 from jaxckpt.engine.pieces import in_pieces
 from jaxckpt.engine.reversal import Inputs, Step, reverse_blocks
@@ -77,9 +76,7 @@ class Run:
             last = [lax.stop_gradient(leaf) if fixed[i] else leaf for i, leaf in zip(self.moving, last, strict=True)]
             ys = [lax.stop_gradient(leaf) if fixed[i] else leaf for i, leaf in zip(self.computed, ys, strict=True)]
         else:
-            # What the policy would keep of them is none of its business: then their cotangents alone.
-            of_xs, of_carry = (written_by_kernels, list) if keeps_copies(self.keep) else (by_kernels, by_kernels)
-            scanned = lambda moved, x: step(inputs._replace(xs=of_xs(x), carry=of_carry(moved)))  # noqa: E731
+            scanned = lambda moved, x: step(inputs._replace(xs=x, carry=moved))  # noqa: E731
             last, ys = scan_blocks(scanned, inputs.carry, xs, self.length, self.setting, self.keep, self.carry_to_host)
         return replaced(carry, self.moving, mark(last)), ys
 

@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxckpt._setting import Setting
 from jaxckpt.engine.apart import always, apart
+from jaxckpt.engine.kernels import by_kernels, keeps_copies, written_by_kernels
 from jaxckpt.engine.offload import CARRY, carry_to_host
 from jaxckpt.policies.grammar import JaxPolicy, everything, nothing
 
@@ -26,7 +27,7 @@ Step = Callable[[Any, Any], tuple[Any, Any]]
 
 def scan_blocks(
     step: Step,
-    carry: Any,
+    carry: list[Any],
     xs: list[jax.Array],
     length: int,
     setting: Setting,
@@ -37,7 +38,6 @@ def scan_blocks(
 
     Arguments:
         step: one block; what it closes over is shared by all blocks and never stored per block.
-        carry: a tree of arrays.
         xs: arrays `[N, ...]`.
         keep: the `jax.checkpoint` policy that `setting.policy` is for this block.
         carry_to_host: the one that takes what is tagged `CARRY` to the host; for `offload_carry`.
@@ -46,11 +46,12 @@ def scan_blocks(
     """
     per_chunk, unroll = setting.blocks_per_ckpt, setting.unroll
     outer = functools.partial(_scan_from_host, carry_to_host) if setting.offload_carry else _scan
-    if per_chunk is None:
-        return outer(step, keep, carry, xs, length, unroll)
     if per_chunk == 1:
         # One block at a time is alive anyway: keeping less inside it would only run it a third time.
-        return outer(step, nothing, carry, xs, length, unroll)
+        per_chunk, keep = None, nothing
+    step = _by_kernels(step, keep)
+    if per_chunk is None:
+        return outer(step, keep, carry, xs, length, unroll)
 
     def chunk(count: int) -> Step:
         return lambda carry, xs: _scan(step, keep, carry, xs, count, unroll)
@@ -81,6 +82,12 @@ def scan_blocks(
     last = jax.tree.map(lambda o: o[cut:], offsets)
     carry, tail = _checkpoint(fetched(rest), nothing, prevent_cse=True)(carry, (cut, last))
     return carry, jax.tree.map(lambda y, t: jnp.concatenate([y.reshape(cut, *y.shape[2:]), t]), ys, tail)
+
+
+def _by_kernels(step: Step, keep: JaxPolicy) -> Step:
+    # What the policy would keep as well is left alone, but for its cotangents.
+    of_xs, of_carry = (written_by_kernels, list) if keeps_copies(keep) else (by_kernels, by_kernels)
+    return lambda carry, x: step(of_carry(carry), of_xs(x))
 
 
 def _offsets(x: jax.Array) -> jax.Array | None:
