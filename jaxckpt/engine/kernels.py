@@ -15,14 +15,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import ShapedArray
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 
 from jaxckpt.engine.apart import always
-from jaxckpt.engine.layout import is_for_one_gpu
+from jaxckpt.engine.one_gpu import identity_but_on_one_gpu
 from jaxckpt.policies.grammar import JaxPolicy, everything
 
-COPIES_ASYNCHRONOUSLY_FROM = (0, 12)  # JAX
+COPIES_ASYNCHRONOUSLY_FROM = (0, 12)  # JAX; 0.11.2 does too, and is left as it was
 
 
 def by_kernels(leaves: list[Any]) -> list[Any]:
@@ -54,17 +52,4 @@ def _(primals: Any, tangents: Any) -> Any:
     return primals[0], by_kernel_p.bind(tangents[0])
 
 
-def _lowered(ctx: Any, x: Any) -> Any:
-    if not is_for_one_gpu(ctx):
-        return [x]
-    return mlir.lower_fun(lambda x: lax.select(always(), x, jnp.zeros_like(x)), multiple_results=False)(ctx, x)
-
-
-by_kernel_p = Primitive("jaxckpt_by_kernel")
-by_kernel_p.def_impl(lambda x: x)
-by_kernel_p.def_abstract_eval(lambda x: x)
-ad.deflinear2(by_kernel_p, lambda ct, x: [by_kernel_p.bind(ct)])
-batching.defvectorized(by_kernel_p)
-mlir.register_lowering(by_kernel_p, lambda ctx, x: [x])
-for _platform in ("cuda", "rocm"):
-    mlir.register_lowering(by_kernel_p, _lowered, platform=_platform)
+by_kernel_p = identity_but_on_one_gpu("jaxckpt_by_kernel", lambda x: lax.select(always(), x, jnp.zeros_like(x)))

@@ -10,8 +10,8 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+
+from jaxckpt.engine.one_gpu import identity_but_on_one_gpu
 
 
 def row_major(x: Any) -> Any:
@@ -19,24 +19,4 @@ def row_major(x: Any) -> Any:
     return row_major_p.bind(x) if x.ndim > 1 and jnp.issubdtype(x.dtype, jnp.inexact) else x
 
 
-def is_for_one_gpu(ctx: Any) -> bool:
-    """Whether a program that is lowered for GPUs runs on one alone, and is not exported."""
-    module = ctx.module_context
-    return not module.lowering_parameters.for_export and getattr(module.axis_context, "num_devices", 2) == 1
-
-
-def _pinned(ctx: Any, x: Any) -> Any:
-    if not is_for_one_gpu(ctx):
-        return [x]
-    pin = lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim))))  # noqa: E731
-    return mlir.lower_fun(pin, multiple_results=False)(ctx, x)
-
-
-row_major_p = Primitive("jaxckpt_row_major")
-row_major_p.def_impl(lambda x: x)
-row_major_p.def_abstract_eval(lambda x: x)
-ad.deflinear2(row_major_p, lambda ct, x: [row_major_p.bind(ct)])
-batching.defvectorized(row_major_p)
-mlir.register_lowering(row_major_p, lambda ctx, x: [x])
-for _platform in ("cuda", "rocm"):
-    mlir.register_lowering(row_major_p, _pinned, platform=_platform)
+row_major_p = identity_but_on_one_gpu("jaxckpt_row_major", lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim)))))
