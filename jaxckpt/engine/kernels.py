@@ -1,6 +1,6 @@
 """What a loop stores in stacked arrays, read and written by kernels and never by bare copies.
 
-XLA of JAX 0.12 copies asynchronously what the body of a loop only copies, such as the gradient of a norm's scale on the way
+XLA copies, since JAX 0.11, asynchronously what the body of a loop only copies, such as the gradient of a norm's scale on the way
 to its place, and orders a body in which there is such a copy by latency and not by memory: it puts off products for the
 parameters' gradients, and what they read stays alive. A slice that is selected by a condition which XLA cannot know is no
 bare copy, and where something is computed with it, it costs nothing.
@@ -20,7 +20,7 @@ from jaxckpt.engine.apart import always
 from jaxckpt.engine.one_gpu import identity_but_on_one_gpu
 from jaxckpt.policies.grammar import JaxPolicy, everything
 
-COPIES_ASYNCHRONOUSLY_FROM = (0, 12)  # JAX; 0.11.2 does too, and is left as it was
+COPIES_ASYNCHRONOUSLY_FROM = (0, 11)  # JAX
 
 
 def by_kernels(leaves: list[Any]) -> list[Any]:

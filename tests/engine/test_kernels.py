@@ -1,4 +1,4 @@
-"""Slices that loops read and write by kernels: the same numbers, nothing kept for it, and less memory on JAX 0.12."""
+"""Slices that loops read and write by kernels: the same numbers, nothing kept for it, and less memory since JAX 0.11."""
 
 import functools
 
@@ -117,7 +117,7 @@ def test_under_vmap(knobs, everywhere):
     np.testing.assert_allclose(jax.vmap(gradient)(ws, xs), each, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="XLA copies asynchronously from JAX 0.12 on")
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="XLA copies asynchronously from JAX 0.11 on")
 @pytest.mark.parametrize("engine", ["scan", "reversal"])
 def test_an_attention_matrix_less_is_alive(h200, engine, request):
     module = TransformerBlock(256, num_heads=8, d_ff=1024, dtype=jnp.bfloat16)
