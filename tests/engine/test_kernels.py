@@ -117,9 +117,10 @@ def test_under_vmap(knobs, everywhere):
     np.testing.assert_allclose(jax.vmap(gradient)(ws, xs), each, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="XLA copies asynchronously from JAX 0.11 on")
-@pytest.mark.parametrize("engine", ["scan", "reversal"])
-def test_an_attention_matrix_less_is_alive(h200, engine, request):
+@pytest.mark.parametrize("engine, since", [("scan", (0, 11)), ("reversal", (0, 12))])
+def test_an_attention_matrix_less_is_alive(h200, engine, since, request):
+    if jax.__version_info__ < since:
+        pytest.skip("XLA orders this loop by memory either way")
     module = TransformerBlock(256, num_heads=8, d_ff=1024, dtype=jnp.bfloat16)
     x = jax.ShapeDtypeStruct((4, 1024, 256), jnp.bfloat16)
     one = jax.eval_shape(module.init, jax.random.key(0), x)["params"]
