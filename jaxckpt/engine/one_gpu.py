@@ -7,12 +7,16 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 
-def identity_but_on_one_gpu(name: str, fn: Callable[[Any], Any]) -> Primitive:
-    """The identity of an array, also to every transformation; `fn` where a program is lowered for one GPU."""
+def identity_but_on_one_gpu(name: str, fn: Callable[[Any], Any], transposed: Primitive | None = None) -> Primitive:
+    """The identity of an array, also to every transformation; `fn` where a program is lowered for one GPU.
+
+    Arguments:
+        transposed: what cotangents go through, by default the same.
+    """
     primitive = Primitive(name)
     primitive.def_impl(lambda x: x)
     primitive.def_abstract_eval(lambda x: x)
-    ad.deflinear2(primitive, lambda ct, x: [primitive.bind(ct)])
+    ad.deflinear2(primitive, lambda ct, x: [(transposed or primitive).bind(ct)])
     batching.defvectorized(primitive)
     mlir.register_lowering(primitive, lambda ctx, x: [x])
 

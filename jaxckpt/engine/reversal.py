@@ -28,7 +28,7 @@ from jaxckpt._setting import Setting
 from jaxckpt.analysis import flow
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.engine.apart import always, apart
-from jaxckpt.engine.kernels import by_kernels
+from jaxckpt.engine.kernels import by_kernels, to_be_written
 from jaxckpt.engine.layout import row_major
 from jaxckpt.engine.offload import to_device, to_host
 from jaxckpt.engine.once import differentiated_once, reverse_only
@@ -389,7 +389,7 @@ def _backward(saved: _Saved, cotangents: tuple[Arrays, Arrays]) -> tuple[Inputs,
         new = reverse_block(here, slot, saved.same, sums.carry, _at(of_ys, i))
         return Inputs(
             constants=list(map(jnp.add, sums.constants, new.constants)),
-            xs=_put(sums.xs, i, by_kernels(new.xs)),
+            xs=_put(sums.xs, i, to_be_written(new.xs)),
             carry=new.carry,
             shared=list(map(jnp.add, sums.shared, new.shared)),
         )

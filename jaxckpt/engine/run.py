@@ -18,6 +18,7 @@ from jaxckpt.analysis.tradeoff import Choice, Tradeoff
 from jaxckpt.engine import check
 from jaxckpt.engine.choice import with_choice
 from jaxckpt.engine.cutting import cut
+from jaxckpt.engine.kernels import masks_of_its_own
 from jaxckpt.engine.offload import guard_offload, loop_that_offloads
 from jaxckpt.engine.pieces import in_pieces
 from jaxckpt.engine.reversal import Inputs, Step, reverse_blocks
@@ -92,7 +93,7 @@ class Run:
         def step(inputs: Inputs) -> tuple[list[Any], list[Any]]:
             closed = jx.closed(jaxpr, inputs.constants)
             block = in_pieces(closed, pieces, keep, scope) if pieces else as_function(closed, itertools.count(), scope)
-            moved, shared = iter(inputs.carry), iter(inputs.shared)
+            moved, shared = iter(inputs.carry), iter(masks_of_its_own(inputs.shared, keep))
             given = [next(moved if i in moving else shared) for i in range(carried)]
             out = block(*inputs.xs, *given, *shared)
             return [out[i] for i in moving], [out[i] for i in computed]

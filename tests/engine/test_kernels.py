@@ -24,28 +24,29 @@ def nowhere(monkeypatch):
     monkeypatch.setattr(kernels, "COPIES_ASYNCHRONOUSLY_FROM", (99,))
 
 
-def block(p, x, *, shift):
-    """A parameter of integers and a key stand beside what has gradients."""
+def block(p, x, *, shift, mask):
+    """A parameter of integers, a key and a mask stand beside what has gradients."""
     noise = jax.random.normal(p["key"], x.shape, x.dtype)
     hidden = jnp.tanh(x @ p["w"] + p["steps"].astype(x.dtype)) * p["scale"][None]
-    return x + jnp.where(noise > 0, hidden, 0) + shift
+    return x + jnp.where((noise > 0) & mask, hidden, 0) + shift
 
 
 def arguments():
     keys = jax.random.split(jax.random.key(0), 3)
     w = jax.random.normal(keys[0], (N, 16, 16))
     p = {"w": w, "scale": jnp.ones((N, 16)), "steps": jnp.arange(N), "key": jax.random.split(keys[2], N)}
-    return p, jax.random.normal(keys[1], (8, 16)), jnp.float32(0.1)
+    return p, jax.random.normal(keys[1], (8, 16)), {"shift": jnp.float32(0.1), "mask": jnp.arange(8)[:, None] != 3}
 
 
 def gradients(**knobs):
     stack = checkpoint_scan(block, **knobs)
 
-    def loss(w, scale, p, x, shift):
-        return (stack({**p, "w": w, "scale": scale}, x, shift=shift) ** 2).sum()
+    p, x, shared = arguments()
 
-    p, x, shift = arguments()
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 3, 4)))(p["w"], p["scale"], p, x, shift)
+    def loss(w, scale, x, shift):
+        return (stack({**p, "w": w, "scale": scale}, x, **{**shared, "shift": shift}) ** 2).sum()
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)))(p["w"], p["scale"], x, shared["shift"])
 
 
 SETTINGS = [
@@ -81,11 +82,11 @@ def everything_but(*_, **__):
 
 @pytest.mark.parametrize("policy", ["everything", everything_but, "dots"])
 def test_nothing_is_kept_for_it(policy, request):
-    p, x, shift = arguments()
+    p, x, shared = arguments()
 
     def residuals():
         stack = checkpoint_scan(block, policy=policy)
-        run = lambda w, x: stack({**p, "w": w}, x, shift=shift)  # noqa: E731
+        run = lambda w, x: stack({**p, "w": w}, x, **shared)  # noqa: E731
         out = jax.eval_shape(lambda w, x: jax.vjp(run, w, x)[1], p["w"], x)
         return sorted((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(out))
 
@@ -97,9 +98,9 @@ def test_nothing_is_kept_for_it(policy, request):
 
 
 def test_forward_mode_and_second_derivatives(everywhere):
-    p, x, shift = arguments()
+    p, x, shared = arguments()
     stack = checkpoint_scan(block, policy="everything")
-    run = lambda w: (stack({**p, "w": w}, x, shift=shift) ** 2).sum()  # noqa: E731
+    run = lambda w: (stack({**p, "w": w}, x, **shared) ** 2).sum()  # noqa: E731
     _, along = jax.jvp(run, (p["w"],), (jnp.ones_like(p["w"]),))
     np.testing.assert_allclose(along, jax.grad(run)(p["w"]).sum(), rtol=1e-5)
     twice = jax.jvp(jax.grad(run), (p["w"],), (jnp.ones_like(p["w"]),))[1]
@@ -109,9 +110,9 @@ def test_forward_mode_and_second_derivatives(everywhere):
 
 @pytest.mark.parametrize("knobs", [{}, {"policy": "everything"}, {"engine": "reversal"}], ids=str)
 def test_under_vmap(knobs, everywhere):
-    p, x, shift = arguments()
+    p, x, shared = arguments()
     stack = checkpoint_scan(block, **knobs)
-    gradient = jax.grad(lambda w, x: (stack({**p, "w": w}, x, shift=shift) ** 2).sum())
+    gradient = jax.grad(lambda w, x: (stack({**p, "w": w}, x, **shared) ** 2).sum())
     xs, ws = jnp.stack([x, 2 * x]), jnp.stack([p["w"], p["w"] / 2])
     each = jnp.stack([gradient(w, x) for w, x in zip(ws, xs, strict=True)])
     np.testing.assert_allclose(jax.vmap(gradient)(ws, xs), each, rtol=1e-5, atol=1e-5)

@@ -1,10 +1,9 @@
 """A decoder as people post-train it, from a list of its layers, beside its own Python loop.
 
-After Qwen3: RMSNorm, a rotary table under `jit`, grouped keys and values, norms of queries and keys, SwiGLU, a configuration
-without a hash, and the call `layer(x, positions, cache, mask) -> (cache, x)`.
+After Qwen3 (`jaxckpt.models.decoder_nnx`): RMSNorm, a rotary table under `jit`, grouped keys and values, norms of queries
+and keys, SwiGLU, a configuration without a hash, and the call `layer(x, positions, cache, mask) -> (cache, x)`.
 """
 
-import dataclasses
 import functools
 import itertools
 import warnings
@@ -17,98 +16,19 @@ import pytest
 from flax import nnx
 
 from jaxckpt import checkpoint_scan
+from jaxckpt.models import DecoderConfig, DecoderLayer
+from jaxckpt.models.decoder_nnx import RMSNorm
 from tests.support import assert_no_zero_leaf, relative_error
 
-
-@dataclasses.dataclass(slots=True)
-class Config:
-    layers: int = 3
-    width: int = 8
-    heads: int = 4
-    kv_heads: int = 2
-    head_width: int = 4
-    hidden: int = 12
-    vocabulary: int = 11
-    theta: float = 1e4
-    eps: float = 1e-6
-    longest: int = 16
-
-
-class RMSNorm(nnx.Module):
-    def __init__(self, width, eps, *, rngs):
-        self.scale, self.eps = nnx.Param(1 + 0.1 * rngs.params.normal((width,))), eps
-
-    def __call__(self, x):
-        scale = jnp.expand_dims(self.scale[...], range(x.ndim - 1))
-        return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + self.eps) * scale
-
-
-def rotary(x, positions, config):
-    """Rotates halves of heads; the table is a constant of the inner `jit`."""
-    half = config.head_width // 2
-    angles = np.arange(config.longest)[:, None] * config.theta ** -(np.arange(half) / half)
-    table = jnp.asarray(np.stack([np.cos(angles), np.sin(angles)], -1), x.dtype)
-
-    @jax.jit
-    def rotate(x, positions):
-        cos, sin = jnp.moveaxis(table[positions][:, :, None], -1, 0)
-        a, b = jnp.split(x, 2, -1)
-        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
-
-    return rotate(x, positions)
-
-
-class Attention(nnx.Module):
-    def __init__(self, config, *, rngs):
-        self.config, c = config, config
-        linear = functools.partial(nnx.LinearGeneral, use_bias=False, rngs=rngs)
-        self.q = linear(c.width, (c.heads, c.head_width))
-        self.k, self.v = (linear(c.width, (c.kv_heads, c.head_width)) for _ in range(2))
-        self.o = linear((c.heads, c.head_width), c.width, axis=(-2, -1))
-        self.q_norm, self.k_norm = (RMSNorm(c.head_width, c.eps, rngs=rngs) for _ in range(2))
-
-    def __call__(self, x, positions, cache, mask):
-        c = self.config
-        q = rotary(self.q_norm(self.q(x)), positions, c)
-        k, v = rotary(self.k_norm(self.k(x)), positions, c), self.v(x)
-        if cache is not None:
-            k, v = jnp.concatenate([cache["k"], k], 1), jnp.concatenate([cache["v"], v], 1)
-            cache = {"k": k, "v": v}
-        q = q.reshape(*q.shape[:2], c.kv_heads, c.heads // c.kv_heads, c.head_width)
-        scores = jnp.einsum("btkgd,bskd->bkgts", q, k) / c.head_width**0.5
-        weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, -1e9))
-        out = jnp.einsum("bkgts,bskd->btkgd", weights, v)
-        return cache, self.o(out.reshape(*out.shape[:2], c.heads, c.head_width))
-
-
-class MLP(nnx.Module):
-    def __init__(self, config, *, rngs):
-        linear = functools.partial(nnx.Linear, use_bias=False, rngs=rngs)
-        self.gate, self.up = (linear(config.width, config.hidden) for _ in range(2))
-        self.down = linear(config.hidden, config.width)
-
-    def __call__(self, x):
-        return self.down(nnx.silu(self.gate(x)) * self.up(x))
-
-
-class DecoderLayer(nnx.Module):
-    def __init__(self, config, *, rngs):
-        self.config = config
-        self.before_attention, self.before_mlp = (RMSNorm(config.width, config.eps, rngs=rngs) for _ in range(2))
-        self.attention, self.mlp = Attention(config, rngs=rngs), MLP(config, rngs=rngs)
-
-    def __call__(self, x, positions, cache, mask):
-        cache, h = self.attention(self.before_attention(x), positions, cache, mask)
-        x = x + h
-        return cache, x + self.mlp(self.before_mlp(x))
+LAYERS, WORDS = 3, 11
+CONFIG = DecoderConfig(width=8, heads=4, kv_heads=2, head_width=4, hidden=12, theta=1e4, longest=16)
 
 
 class Decoder(nnx.Module):
     def __init__(self, config, *, rngs):
-        self.config = config
-        self.table = nnx.Param(rngs.params.normal((config.vocabulary, config.width)))
-        self.layers = nnx.List([DecoderLayer(config, rngs=rngs) for _ in range(config.layers)])
-        self.norm = RMSNorm(config.width, config.eps, rngs=rngs)
+        self.table = nnx.Param(rngs.params.normal((WORDS, config.width)))
+        self.layers = nnx.List([DecoderLayer(config, rngs=rngs) for _ in range(LAYERS)])
+        self.norm = RMSNorm(config.width, config, rngs=rngs)
 
     def __call__(self, tokens, positions, mask):
         x = self.table[tokens]
@@ -124,9 +44,9 @@ def call(layer, x, *, positions, mask):
     return layer(x, positions, None, mask)[1]
 
 
-def batch(config: Config) -> tuple[Any, Any, Any, Any]:
+def batch() -> tuple[Any, Any, Any, Any]:
     rng = np.random.default_rng(0)
-    tokens, targets = (jnp.asarray(rng.integers(0, config.vocabulary, (2, 6))) for _ in range(2))
+    tokens, targets = (jnp.asarray(rng.integers(0, WORDS, (2, 6))) for _ in range(2))
     positions = jnp.broadcast_to(jnp.arange(6), (2, 6))
     return tokens, targets, positions, jnp.tril(jnp.ones((2, 6, 6), bool))
 
@@ -142,13 +62,13 @@ step = nnx.jit(nnx.value_and_grad(loss))
 @functools.cache
 def by_loop() -> Any:
     """The model, and its loss and gradients, the layers' stacked; in float64."""
-    config = Config()
-    model = Decoder(config, rngs=nnx.Rngs(0))
-    nnx.update(model, jax.tree.map(lambda leaf: leaf.astype(float), nnx.state(model, nnx.Param)))
-    value, gradients = step(model, *batch(config))
+    model, rng = Decoder(CONFIG, rngs=nnx.Rngs(0)), np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: leaf + 0.1 * rng.normal(size=leaf.shape), nnx.state(model, nnx.Param))
+    nnx.update(model, params)
+    value, gradients = step(model, *batch())
     gradients = nnx.to_pure_dict(gradients)
     layers = gradients["layers"]
-    gradients["layers"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(layers[i] for i in range(config.layers)))
+    gradients["layers"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(layers[i] for i in range(LAYERS)))
     assert_no_zero_leaf(gradients)
     return model, (value, gradients)
 
@@ -159,7 +79,7 @@ def check(**setting: Any) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="snapshots=.* of single blocks")
         stacked.layers = checkpoint_scan(list(model.layers), call=call, **setting)
-        value, gradients = step(stacked, *batch(model.config))
+        value, gradients = step(stacked, *batch())
     assert relative_error((value, nnx.to_pure_dict(gradients)), want) < 1e-12
 
 
@@ -204,14 +124,14 @@ def test_loss_and_gradients_are_those_of_the_loop_under_every_setting(x64, setti
 def test_a_token_is_generated_with_the_caches_of_all_layers(x64):
     """Caches are per block, and grow."""
     model, _ = by_loop()
-    tokens, _, positions, mask = batch(model.config)
+    tokens, _, positions, mask = batch()
     want = model(tokens, positions, mask)[:, -1]
 
     def with_cache(layer, x, *, positions, mask, cache):
         return layer(x, positions, cache, mask)[::-1]
 
     stack = checkpoint_scan(list(model.layers), call=with_cache, per_block=("cache",), has_aux=True)
-    empty = jnp.zeros((model.config.layers, 2, 0, model.config.kv_heads, model.config.head_width))
+    empty = jnp.zeros((LAYERS, 2, 0, CONFIG.kv_heads, CONFIG.head_width))
     cache = {"k": empty, "v": empty}
     for part in (slice(0, 5), slice(5, 6)):
         x, cache = stack(
