@@ -21,7 +21,12 @@ _FORMAT = 2
 
 @dataclass(frozen=True)
 class Knobs:
-    """Arguments of `checkpoint_scan`; `kept` are the values that each block keeps, if `policy` is "planned"."""
+    """Arguments of `checkpoint_scan`, and what no argument says.
+
+    Fields:
+        kept: the values that each block keeps, if `policy` is "planned".
+        first: so many blocks come first, and run under knobs of their own.
+    """
 
     blocks_per_ckpt: int | None = None
     policy: str = "nothing"
@@ -31,6 +36,7 @@ class Knobs:
     offload_carry: bool = False
     engine: str = "scan"
     tiles: str | None = None
+    first: "tuple[int, Knobs] | None" = None
 
     @property
     def pieces(self) -> str | None:
@@ -42,7 +48,8 @@ class Knobs:
         shown["tiles"] = self.tiles
         parts = [f"{name}={value}" for name, value in shown.items() if value is not None]
         kept = f"keeps {len(self.kept)} values" if self.policy == "planned" else self.policy
-        return ", ".join([kept, *parts, *["offload_carry"] * self.offload_carry, self.engine])
+        said = ", ".join([kept, *parts, *["offload_carry"] * self.offload_carry, self.engine])
+        return said if self.first is None else f"first {self.first[0]} blocks: {self.first[1]}; the others: {said}"
 
 
 @dataclass(frozen=True)
@@ -228,8 +235,16 @@ def load(path: str | os.PathLike[str]) -> Plan:
 
 
 def _stack(fields: dict[str, Any]) -> StackPlan:
-    knobs = fields.pop("knobs")
-    return StackPlan(knobs=Knobs(**{**knobs, "kept": tuple(knobs["kept"])}), **fields)
+    found = StackPlan(knobs=_knobs(fields.pop("knobs")), **fields)
+    if found.knobs.first is not None and not 0 < found.knobs.first[0] < found.length:
+        raise ValueError(f"its first {found.knobs.first[0]} blocks are no part of {found.length}")
+    return found
+
+
+def _knobs(fields: dict[str, Any]) -> Knobs:
+    first = fields.get("first")
+    first = None if first is None else (int(first[0]), _knobs(first[1]))
+    return Knobs(**{**fields, "kept": tuple(fields["kept"]), "first": first})
 
 
 def pinned(plan: "Plan | StackPlan | str | os.PathLike[str]") -> StackPlan:

@@ -40,6 +40,7 @@ class Setting:
     engine: str
     tiles: Tiles = None
     partition_name: str | None = LAYERS
+    first: "tuple[int, Setting] | None" = None  # so many blocks come first, under a setting of their own
     call: Callable[..., Any] | None = None  # how a module is run, where not by its `__call__`
     plan: StackPlan | str | None = None  # that the knobs are of; or, of a stack that is to be planned, its name
 
@@ -155,7 +156,8 @@ def with_knobs(setting: Setting, knobs: Knobs) -> Setting:
         knobs.engine,
         tiles=knobs.tiles,
     )
-    return replace(found, plan=setting.plan, partition_name=setting.partition_name, call=setting.call)
+    first = None if knobs.first is None else (knobs.first[0], with_knobs(setting, knobs.first[1]))
+    return replace(found, plan=setting.plan, partition_name=setting.partition_name, call=setting.call, first=first)
 
 
 def _stages(given: object) -> Stages:

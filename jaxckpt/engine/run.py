@@ -21,7 +21,8 @@ from jaxckpt.engine.cutting import cut
 from jaxckpt.engine.kernels import masks_of_its_own
 from jaxckpt.engine.offload import guard_offload, loop_that_offloads
 from jaxckpt.engine.pieces import in_pieces
-from jaxckpt.engine.reversal import Inputs, Step, reverse_blocks
+from jaxckpt.engine.reversal import Part, reverse_blocks
+from jaxckpt.engine.reversed_block import Inputs, Step
 from jaxckpt.engine.scan import scan_blocks
 from jaxckpt.engine.trace import Traced
 from jaxckpt.policies.grammar import JaxPolicy
@@ -44,6 +45,12 @@ class Run:
     own: dict[int, int]  # those that are, parameters above all, and which: they are `xs` itself and not a copy of it
     leaves: tuple[list[Any], list[Any], list[Any]]  # of `xs`, the first carry, the shared arrays
     carry_names: list[str]
+    first: "tuple[int, Run] | None" = None  # so many blocks come first, and run under a setting of their own
+
+    @property
+    def constants(self) -> list[Any]:
+        """Of the block's jaxpr, then of the first blocks', if they have one of their own."""
+        return [*self.closed.consts, *([] if self.first is None else self.first[1].closed.consts)]
 
     def under(self, setting: Setting) -> "Run":
         """This run under other knobs, `offload:` aside; for one with default knobs, whose `closed` is the block's own."""
@@ -64,14 +71,14 @@ class Run:
         """The last carry, all its leaves, and what `computed` says, stacked.
 
         Arguments:
-            constants: of the block's jaxpr.
+            constants: see `constants`.
             scope: of each equation of the block, by its number.
         """
         passed = [leaf for i, leaf in enumerate(carry) if i not in self.moving]
         inputs = Inputs(constants, mark([carry[i] for i in self.moving]), xs, [*passed, *arrays])
         step = self._step(len(carry), scope)
         if self.setting.engine == "reversal":
-            last, ys = reverse_blocks(step, inputs, self.length, self.setting, self.keep)
+            last, ys = reverse_blocks(self._parts(len(carry), scope), inputs)
             # All that a `custom_vjp` returns has tangents, and what follows the stack may have no derivative.
             fixed = flow.constant_in_derivatives(self.closed.jaxpr)
             last = [lax.stop_gradient(leaf) if fixed[i] else leaf for i, leaf in zip(self.moving, last, strict=True)]
@@ -85,6 +92,20 @@ class Run:
         """All outputs beside the carry, stacked; `ys` are those that are computed."""
         stacked = {i: self.leaves[0][source] for i, source in self.own.items()} | dict(zip(self.computed, ys, strict=True))
         return [stacked[i] for i in sorted(stacked)]
+
+    def _parts(self, carried: int, scope: Scope | None) -> list[Part]:
+        """The blocks as the reversal engine runs them."""
+        own = slice(0, len(self.closed.consts))
+        if self.first is None:
+            return [self._part(self.length, carried, scope, own)]
+        count, first = self.first
+        theirs = slice(own.stop, None)
+        return [first._part(count, carried, scope, theirs), self._part(self.length - count, carried, scope, own)]
+
+    def _part(self, count: int, carried: int, scope: Scope | None, constants: slice) -> Part:
+        step = self._step(carried, scope)
+        of_own = lambda inputs: step(inputs._replace(constants=inputs.constants[constants]))  # noqa: E731
+        return Part(of_own, count, self.setting, self.keep)
 
     def _step(self, carried: int, scope: Scope | None) -> Step:
         """One block, for either engine; it closes over no traced value, and so not over `self`."""
@@ -110,6 +131,9 @@ def resolved(
     loop = loop_that_offloads(closed.jaxpr, keep) if setting.policy.may_offload else None
     guarded = guard_offload(keep, setting.policy.may_offload or through_scan, loop=loop)
 
+    first = None
+    if setting.first is not None:
+        first = setting.first[0], resolved(setting.first[1], length, traced, names)[0]
     slices, sources = len(traced.x_leaves), flow.forwarded(closed.jaxpr)
     of_carry, of_rest = sources[: len(traced.carry)], dict(enumerate(sources[len(traced.carry) :], len(traced.carry)))
     own = {i: source for i, source in of_rest.items() if source is not None and source < slices}
@@ -129,6 +153,7 @@ def resolved(
         own=own,
         leaves=(traced.x_leaves, traced.carry, traced.arrays),
         carry_names=traced.carry_names,
+        first=first,
     )
     return run, guarded.mark
 

@@ -69,7 +69,7 @@ def run_stack(
     run, mark = resolved(setting, length, traced, names)
     if (see := observed.get()) is not None:
         see(run)
-    last, ys = run.execute(run.closed.consts, *run.leaves, mark=mark)
+    last, ys = run.execute(run.constants, *run.leaves, mark=mark)
     if refusal is not None:
         last, ys = ([not_differentiated(leaf, refusal) for leaf in leaves] for leaves in (last, ys))
     aux, extra = jax.tree.unflatten(traced.rest_tree, run.rest(ys))

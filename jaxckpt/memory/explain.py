@@ -101,6 +101,8 @@ class Explanation:
         whole_runs: how often all of a block is run, in the mean, see `jaxckpt.engine.schedule.whole_runs`.
         slices: of each piece that is computed in slices, in which, see `tiles`.
         chosen: where the policy chooses by itself, what, out of what.
+        parts: where a plan runs the first blocks under another setting than the others, both, each explained as a stack of
+            its own; then bytes are those of both, times their means, and the values those of the one and then of the other.
     """
 
     block: str
@@ -119,6 +121,7 @@ class Explanation:
     chosen: "Chosen | None" = None
     whole_runs: float = 1.0
     slices: tuple[SlicedPiece, ...] = ()
+    parts: "tuple[Explanation, ...]" = ()
 
     @property
     def forward_runs(self) -> float | None:
@@ -136,6 +139,8 @@ class Explanation:
         return {**dataclasses.asdict(self), "forward_runs": self.forward_runs}
 
     def __str__(self) -> str:
+        if self.parts:
+            return "\n\n".join([self._title(), *map(str, self.parts), "\n".join(self._totals())])
         lines = aligned([_COLUMNS, *map(_cells, self.values)], right=(4, 5, 6))
         return "\n".join([self._title(), "", *lines, "", *self._totals()])
 
@@ -155,6 +160,8 @@ class Explanation:
     def _title(self) -> str:
         chunks = "" if self.blocks_per_ckpt is None else f", blocks_per_ckpt={self.blocks_per_ckpt}"
         pieces = "" if self.pieces == 1 else f", each in {self.pieces} pieces"
+        if self.parts:
+            return f"{self.length} x {self.block}, the first {self.parts[0].length} under another setting than the others"
         return f"{self.length} x {self.block}{chunks}, policy={self.policy!r}{pieces}"
 
     def _totals(self) -> list[str]:
@@ -243,8 +250,42 @@ def explain(
     True
     """
     run = _the_run(stack, args, keywords)
-    run = replace(run, closed=inlining.inlined(run.closed))
     where = None if target is None else targets.get(target)
+    if run.first is None:
+        return _explained(run, where)
+    count, first = run.first
+    return _of_parts(
+        _explained(replace(first, length=count), where),
+        _explained(replace(run, length=run.length - count, first=None), where),
+    )
+
+
+def _of_parts(*parts: Explanation) -> Explanation:
+    """The first blocks and the others as one stack."""
+    length = sum(part.length for part in parts)
+    total = lambda name: sum(getattr(part, name) for part in parts)  # noqa: E731
+
+    def mean(name: str) -> Any:
+        values = [getattr(part, name) for part in parts]
+        return None if None in values else sum(v * part.length for v, part in zip(values, parts, strict=True)) / length
+
+    fields: dict[str, Any] = {
+        **{name: total(name) for name in ("stored_bytes", "host_bytes", "chunk_bytes", "wanted_bytes")},
+        **{name: mean(name) for name in ("forward_seconds", "rerun_seconds", "whole_runs")},
+    }
+    return replace(
+        parts[-1],
+        length=length,
+        policy="; ".join(part.policy for part in parts),
+        values=tuple(value for part in parts for value in part.values),
+        **fields,
+        slices=tuple(piece for part in parts for piece in part.slices),
+        parts=parts,
+    )
+
+
+def _explained(run: Run, where: targets.Target | None) -> Explanation:
+    run = replace(run, closed=inlining.inlined(run.closed))
     gpu = None if where is None else where.gpu
     costs = None if gpu is None else [cost(eqn, gpu) for eqn in run.closed.jaxpr.eqns]
     # What a block keeps does not depend on the engine, and the scan engine shows it.

@@ -6,12 +6,16 @@ chunks, or `s` of them. What one block takes while it is run again and different
 backward pass of the blocks alone is compiled (`Stack.transient_bytes`), once for all numbers of chunks and snapshots. The
 rest of the step is left to `jaxckpt.planning.search`.
 
+Between two settings of all blocks alike lie those under which the first `m` blocks take the leaner one and the others the
+other. The others are differentiated first, and free what they keep before the first blocks are.
+
 Seconds are those of the time model (`jaxckpt.analysis.cost`): three times a forward pass for running and differentiating
 each block, what is run again, what goes to the host and comes back, and on CPUs the making of fresh memory. (Reading and
 writing what is kept is in the passes already, as it is without checkpointing.)
 """
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -34,6 +38,8 @@ from jaxckpt.engine.stack import described
 from jaxckpt.memory.targets import Target
 
 _START = 4e-6  # seconds between kernels of a loop on a GPU, as published for H100: 2 to 6
+# Neighbours among options of which the first blocks take another setting than the others differ by no less.
+_APART, _APART_IN_SECONDS = 1.02, 1.001
 _SNAPSHOTS = (2, 3, 4, 5, 7, 9, 12, 16, 24)
 
 
@@ -47,6 +53,8 @@ class Option(NamedTuple):
             takes, of which XLA fuses some away.
         seconds: of all blocks, forward and backward. forward_runs: of each block, parts of it by their time.
         family: options of one family take alike beside what they store.
+        phases: where blocks differ, what is stored while the others are differentiated, and the first, and the options of a
+            stack of such blocks alone.
     """
 
     knobs: Knobs
@@ -55,11 +63,22 @@ class Option(NamedTuple):
     block_bytes: int
     seconds: float
     forward_runs: float
+    phases: "tuple[tuple[int, Option], ...]" = ()
 
     @property
-    def family(self) -> tuple[str | None, bool, bool]:
+    def family(self) -> tuple[Any, bool, bool]:
         knobs = self.knobs
-        return knobs.pieces, bool(knobs.blocks_per_ckpt or knobs.snapshots), knobs.offload_carry
+        pieces = (
+            knobs.pieces
+            if knobs.first is None or knobs.first[1].pieces == knobs.pieces
+            else (knobs.first[1].pieces, knobs.pieces)
+        )
+        return pieces, bool(knobs.blocks_per_ckpt or knobs.snapshots), knobs.offload_carry
+
+    @property
+    def alike(self) -> "tuple[tuple[int, Option], ...]":
+        """The phases; of blocks that are all alike, the one."""
+        return self.phases or ((self.stored_bytes, self),)
 
     @property
     def of_block(self) -> Knobs:
@@ -148,6 +167,7 @@ class Stack:
     def options(self, may_offload: bool) -> list[Option]:
         """Those that no other beats in bytes and seconds, the fastest first."""
         found = list(self._all(may_offload))
+        found += self._between(found)
         best: list[Option] = []
         for option in sorted(found, key=lambda o: (o.seconds, _bytes(o))):
             # One of each family stays, since their bytes are not yet known for sure.
@@ -194,6 +214,37 @@ class Stack:
                     yield self._option(replace(in_chunks, snapshots=snapshots), nothing)
             if may_offload:
                 yield self._option(replace(in_chunks, offload_carry=True), nothing)
+
+    def _between(self, found: list[Option]) -> Iterator[Option]:
+        """Options of which the first blocks take one setting without chunks and the others the next."""
+        alike = [o for o in found if not (o.knobs.blocks_per_ckpt or o.knobs.snapshots or o.knobs.offload_carry)]
+        front: list[Option] = []
+        for option in sorted(alike, key=lambda o: (o.seconds, _bytes(o))):
+            if not front or _bytes(option) < _bytes(front[-1]) * 0.999:
+                front.append(option)
+        for fast, lean in itertools.pairwise(front):
+            bytes_apart = math.log(_bytes(fast) / _bytes(lean)) / math.log(_APART)
+            seconds_apart = (lean.seconds / fast.seconds - 1) / (_APART_IN_SECONDS - 1)
+            steps = min(self.run.length, math.ceil(bytes_apart), math.ceil(seconds_apart))
+            for first in sorted({round(self.run.length * k / steps) for k in range(1, steps)} - {0, self.run.length}):
+                yield self._of_two(first, lean, fast)
+
+    def _of_two(self, first: int, lean: Option, fast: Option) -> Option:
+        """The first blocks under one option, the others under another one."""
+        share = first / self.run.length
+        mean = lambda a, b: share * a + (1 - share) * b  # noqa: E731
+        of_first, of_others = round(share * lean.stored_bytes), round((1 - share) * fast.stored_bytes)
+        phases = (of_first + of_others, fast), (of_first, lean)
+        knobs = replace(fast.knobs, engine="reversal", first=(first, replace(lean.knobs, engine="reversal")))
+        return Option(
+            knobs=knobs,
+            stored_bytes=of_first + of_others,
+            kept_bytes=round(mean(lean.kept_bytes, fast.kept_bytes)),
+            block_bytes=max(stored + option.block_bytes for stored, option in phases) - of_first - of_others,
+            seconds=mean(lean.seconds, fast.seconds),
+            forward_runs=mean(lean.forward_runs, fast.forward_runs),
+            phases=phases,
+        )
 
     def _option(self, knobs: Knobs, choice: Choice) -> Option:
         length, carry, forward = self.run.length, self.carry_bytes, self.trade.forward_seconds

@@ -96,7 +96,13 @@ class Peaks:
         return groups
 
     def transient(self, i: int, option: Option) -> float:
-        """What differentiating a block of the `i`-th stack takes; a hopeful guess where the compiler was not asked."""
+        """What differentiating a block of the `i`-th stack takes; a hopeful guess where the compiler was not asked.
+
+        Where blocks differ, what is needed at most beside all that is stored; less than nothing, where the others keep much
+        and are done when the first take most.
+        """
+        if option.phases:
+            return max(stored + self.transient(i, part) for stored, part in option.phases) - option.stored_bytes
         if (found := self.known.transients.get((i, option.of_block))) is not None:
             return found[1]
         sizes = sorted(
@@ -112,7 +118,8 @@ class Peaks:
 
 def kind(c: Combination) -> Any:
     """What of a combination decides whether a step can be run under it."""
-    return tuple((knobs.engine, knobs.offload_carry, knobs.pieces, knobs.policy) for knobs, *_ in c.options)
+    said = lambda knobs: (knobs.engine, knobs.offload_carry, knobs.pieces, knobs.policy)  # noqa: E731
+    return tuple((*said(knobs), knobs.first and said(knobs.first[1])) for knobs, *_ in c.options)
 
 
 def _distance(a: int, b: int) -> float:

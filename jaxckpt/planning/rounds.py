@@ -23,9 +23,9 @@ from typing import Protocol
 from jaxckpt.planning.model import Option
 from jaxckpt.planning.peaks import Combination, Known, Peaks, kind
 
-# Of the whole step, for one plan. Rounds of 4, 2, 1 and 1 tell 60 settings apart, as many as a front has in the benchmarks,
-# and as a rule 2 or 3 are compiled.
-COMPILATIONS = 8
+# Of the whole step, for one plan. Rounds of 6, 3, 2 and 1 tell 120 settings apart, of a front of a few hundred; as a rule 2 to
+# 4 are compiled.
+COMPILATIONS = 12
 _WORTH = 0.998  # of the seconds of the best so far; what is not faster is not worth compiling
 _IN_DOUBT = 1.02  # of what the model says, what the compiler may still do with less
 _BLOCKS = 2  # blocks that are compiled alone for each compilation of the step, while the least memory is searched
@@ -122,7 +122,8 @@ def _asked(c: Combination, peaks: Peaks, limit: float, compiler: Compiler) -> Pe
 def _informed(c: Combination, peaks: Peaks, compiler: Compiler) -> Peaks:
     """The same model, if there is nothing to ask of the blocks of `c`, or another one that knows what they take."""
     known = peaks.known
-    unknown = [(i, option) for i, option in enumerate(c.options) if (i, option.of_block) not in known.transients]
+    alike = [(i, option) for i, whole in enumerate(c.options) for _, option in whole.alike]
+    unknown = [(i, option) for i, option in alike if (i, option.of_block) not in known.transients]
     found = {(i, o.of_block): (o.kept_bytes, taken) for i, o in unknown if (taken := compiler.block(i, o)) is not None}
     return Peaks(peaks.fixed, Known(known.compiled, {**known.transients, **found})) if found else peaks
 

@@ -119,7 +119,8 @@ def plan(
         how = combinations, fixed, search, compilations
         chosen = rounds.fastest(limit, *how) if objective == "time" else None
         if chosen is None:
-            chosen = rounds.least(*how, search.known)
+            left = max(1, compilations - len(search.seen))
+            chosen = rounds.least(combinations, fixed, search, left, search.known)
             if search.seen[chosen].peak_bytes > limit:
                 raise ValueError(_too_little(limit, search, fixed, chosen))
         measured: dict[Combination, float] = {}
