@@ -269,16 +269,18 @@ def _of_parts(*parts: Explanation) -> Explanation:
         values = [getattr(part, name) for part in parts]
         return None if None in values else sum(v * part.length for v, part in zip(values, parts, strict=True)) / length
 
-    fields: dict[str, Any] = {
-        **{name: total(name) for name in ("stored_bytes", "host_bytes", "chunk_bytes", "wanted_bytes")},
-        **{name: mean(name) for name in ("forward_seconds", "rerun_seconds", "whole_runs")},
-    }
     return replace(
         parts[-1],
         length=length,
         policy="; ".join(part.policy for part in parts),
         values=tuple(value for part in parts for value in part.values),
-        **fields,
+        stored_bytes=total("stored_bytes"),
+        host_bytes=total("host_bytes"),
+        chunk_bytes=total("chunk_bytes"),
+        wanted_bytes=total("wanted_bytes"),
+        forward_seconds=mean("forward_seconds"),
+        rerun_seconds=mean("rerun_seconds"),
+        whole_runs=mean("whole_runs"),
         slices=tuple(piece for part in parts for piece in part.slices),
         parts=parts,
     )

@@ -23,8 +23,8 @@ from typing import Protocol
 from jaxckpt.planning.model import Option
 from jaxckpt.planning.peaks import Combination, Known, Peaks, kind
 
-# Of the whole step, for one plan. Rounds of 6, 3, 2 and 1 tell 120 settings apart, of a front of a few hundred; as a rule 2 to
-# 4 are compiled.
+# Of the whole step, for one plan. Rounds of 6, 3, 2 and 1 tell 120 settings apart, of a front of a few hundred; as a rule 2
+# to 4 are compiled.
 COMPILATIONS = 12
 _WORTH = 0.998  # of the seconds of the best so far; what is not faster is not worth compiling
 _IN_DOUBT = 1.02  # of what the model says, what the compiler may still do with less
