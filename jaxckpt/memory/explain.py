@@ -340,7 +340,7 @@ def _converted_parameters(run: Run) -> set[int]:
     return {i for i, k in enumerate(from_input) if k is not None and k < len(run.leaves[0])}
 
 
-def _seconds(run: Run, kept: list[_Residual], wanted: list[_Residual], rates: Any, is_cut: bool) -> dict[str, float]:
+def _seconds(run: Run, kept: list[_Residual], wanted: list[_Residual], rates: Any, is_cut: bool) -> dict[str, Any]:
     """What one block costs to run, and to run again as far as the values that are wanted and not kept need it."""
     if rates is None:
         return {}
