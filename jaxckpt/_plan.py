@@ -25,7 +25,7 @@ class Knobs:
 
     Fields:
         kept: the values that each block keeps, if `policy` is "planned".
-        first: so many blocks come first, and run under knobs of their own.
+        first: so many blocks come first, and run under knobs of their own. All are run by the reversal engine then.
     """
 
     blocks_per_ckpt: int | None = None
@@ -38,6 +38,17 @@ class Knobs:
     tiles: str | None = None
     first: "tuple[int, Knobs] | None" = None
 
+    def __post_init__(self) -> None:
+        if self.first is None:
+            return
+        for knobs in (self, self.first[1]):
+            if knobs.engine != "reversal" or "offload:" in knobs.policy:
+                raise ValueError(
+                    f"blocks under knobs of their own are run by the reversal engine, and not under {knobs.policy}"
+                )
+        if self.first[1].first is not None:
+            raise ValueError("of the first blocks none have knobs of their own")
+
     @property
     def pieces(self) -> str | None:
         """What a block is cut into: "stages", "tiles" (pieces in slices), or None."""
@@ -49,7 +60,7 @@ class Knobs:
         parts = [f"{name}={value}" for name, value in shown.items() if value is not None]
         kept = f"keeps {len(self.kept)} values" if self.policy == "planned" else self.policy
         said = ", ".join([kept, *parts, *["offload_carry"] * self.offload_carry, self.engine])
-        return said if self.first is None else f"first {self.first[0]} blocks: {self.first[1]}; the others: {said}"
+        return said if self.first is None else f"first {self.first[0]}: {self.first[1]}, then: {said}"
 
 
 @dataclass(frozen=True)
@@ -169,8 +180,12 @@ class Plan:
         return [f"  left untried: {settings}: {said}; compilations={2 * self.compilations} tries more"]
 
     def to_json(self) -> dict[str, Any]:
-        """All fields, as JSON has them."""
-        return {"format": _FORMAT, **dataclasses.asdict(self)}
+        """All fields, as JSON has them; `first` of knobs where blocks have some of their own."""
+        fields = {"format": _FORMAT, **dataclasses.asdict(self)}
+        for stack in fields["stacks"].values():
+            if stack["knobs"]["first"] is None:
+                del stack["knobs"]["first"]
+        return fields
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan as JSON, for `checkpoint_scan(..., plan=path)`."""
@@ -236,14 +251,27 @@ def load(path: str | os.PathLike[str]) -> Plan:
 
 def _stack(fields: dict[str, Any]) -> StackPlan:
     found = StackPlan(knobs=_knobs(fields.pop("knobs")), **fields)
-    if found.knobs.first is not None and not 0 < found.knobs.first[0] < found.length:
-        raise ValueError(f"its first {found.knobs.first[0]} blocks are no part of {found.length}")
+    if found.knobs.first is not None:
+        count, knobs = found.knobs.first
+        if not isinstance(count, int) or isinstance(count, bool) or not 0 < count < found.length:
+            raise ValueError(f"its first {count!r} blocks are no part of {found.length}")
+        _check_chunks(knobs, count)
+        _check_chunks(found.knobs, found.length - count)
     return found
+
+
+def _check_chunks(knobs: Knobs, count: int) -> None:
+    """Refuses chunks and snapshots that a part of a stack is too short for."""
+    chunks = -(-count // (knobs.blocks_per_ckpt or 1))
+    if (knobs.blocks_per_ckpt or 1) > count or (knobs.snapshots or 1) > chunks:
+        raise ValueError(f"{knobs} is not for {count} blocks")
 
 
 def _knobs(fields: dict[str, Any]) -> Knobs:
     first = fields.get("first")
-    first = None if first is None else (int(first[0]), _knobs(first[1]))
+    if first is not None:
+        count, knobs = first
+        first = count, _knobs(knobs)
     return Knobs(**{**fields, "kept": tuple(fields["kept"]), "first": first})
 
 

@@ -20,7 +20,7 @@ from jaxckpt.engine.apart import always
 from jaxckpt.engine.one_gpu import identity_but_on_one_gpu
 from jaxckpt.policies.grammar import JaxPolicy, everything
 
-COPIES_ASYNCHRONOUSLY_FROM = (0, 11)  # JAX
+COPIES_ASYNCHRONOUSLY_FROM = LAYS_OUT_MASKS_UNTIL = (0, 11)  # versions of JAX
 
 
 def by_kernels(leaves: list[Any]) -> list[Any]:
@@ -39,12 +39,12 @@ def written_by_kernels(leaves: list[Any]) -> list[Any]:
 
 
 def masks_of_its_own(leaves: list[Any], keep: JaxPolicy) -> list[Any]:
-    """What all blocks share, but that XLA of JAX 0.10 lays out no mask for all of them at once.
+    """`leaves` that all blocks share; XLA of JAX 0.10 must not lay out those that are masks for all blocks at once.
 
-    If it does, it computes an attention's weights once more where their gradient is computed, in one kernel with it, and
+    Where it does, it computes an attention's weights once more where their gradient is computed, in one kernel with it, and
     keeps one matrix more alive: 28 layers of Qwen3-0.6B's shape, 4 x 2048 tokens, take 3.14 GiB and not 2.70.
     """
-    if jax.__version_info__ >= COPIES_ASYNCHRONOUSLY_FROM or keeps_copies(keep):
+    if jax.__version_info__ >= LAYS_OUT_MASKS_UNTIL or keeps_copies(keep):
         return leaves
     return [own_mask_p.bind(leaf) if leaf.dtype == bool else leaf for leaf in leaves]
 

@@ -14,6 +14,7 @@ What is run when stands in `jaxckpt.engine.order`, one block in `jaxckpt.engine.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -59,13 +60,12 @@ def reverse_blocks(parts: Sequence[Part], inputs: Inputs) -> tuple[Arrays, Array
     Returns:
         The last carry, and the `y`s stacked to `[N, ...]`.
     """
-    starts = np.cumsum([0, *(part.count for part in parts)])
-    length = int(starts[-1])
-    orders = [order_of(int(start), *part[1:]) for start, part in zip(starts, parts, strict=False)]
+    *starts, length = itertools.accumulate((part.count for part in parts), initial=0)
+    orders = [order_of(at, part.count, part.setting, part.keep) for at, part in zip(starts, parts, strict=True)]
 
     @jax.custom_vjp
     def run(inputs: Inputs, guard: jax.Array) -> tuple[Arrays, Arrays]:
-        step = parts[0].step
+        step = parts[0].step  # of any part: where nothing is differentiated they compute the same
         return lax.scan(lambda carry, x: step(inputs._replace(xs=x, carry=carry)), inputs.carry, inputs.xs, length=length)
 
     def forward(primals: Inputs, guard: Any) -> tuple[tuple[Arrays, Arrays], _Saved]:
@@ -137,7 +137,7 @@ def _forward(
         carry, y, slot = block.run_and_keep(_inputs_at(inputs, i, carry), kept)
         return (carry, _put(ys, i, y)), slot
 
-    # With one chunk, what is kept of it and returned too is stored once.
+    # With one chunk of all blocks, what is kept of it and returned too is stored once.
     returned = block.in_ys if is_only and order.kept_from == order.start else {}
     kept = [i for i in block.slot if i not in returned]
     to_snap = to_host if order.on_host else list

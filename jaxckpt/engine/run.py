@@ -45,12 +45,12 @@ class Run:
     own: dict[int, int]  # those that are, parameters above all, and which: they are `xs` itself and not a copy of it
     leaves: tuple[list[Any], list[Any], list[Any]]  # of `xs`, the first carry, the shared arrays
     carry_names: list[str]
-    first: "tuple[int, Run] | None" = None  # so many blocks come first, and run under a setting of their own
+    first: "Run | None" = None  # of the first blocks, if they run under a setting of their own
 
     @property
     def constants(self) -> list[Any]:
         """Of the block's jaxpr, then of the first blocks', if they have one of their own."""
-        return [*self.closed.consts, *([] if self.first is None else self.first[1].closed.consts)]
+        return [*self.closed.consts, *([] if self.first is None else self.first.closed.consts)]
 
     def under(self, setting: Setting) -> "Run":
         """This run under other knobs, `offload:` aside; for one with default knobs, whose `closed` is the block's own."""
@@ -98,9 +98,8 @@ class Run:
         own = slice(0, len(self.closed.consts))
         if self.first is None:
             return [self._part(self.length, carried, scope, own)]
-        count, first = self.first
-        theirs = slice(own.stop, None)
-        return [first._part(count, carried, scope, theirs), self._part(self.length - count, carried, scope, own)]
+        theirs, others = slice(own.stop, None), self.length - self.first.length
+        return [self.first._part(self.first.length, carried, scope, theirs), self._part(others, carried, scope, own)]
 
     def _part(self, count: int, carried: int, scope: Scope | None, constants: slice) -> Part:
         step = self._step(carried, scope)
@@ -133,7 +132,7 @@ def resolved(
 
     first = None
     if setting.first is not None:
-        first = setting.first[0], resolved(setting.first[1], length, traced, names)[0]
+        first, _ = resolved(setting.first[1], setting.first[0], traced, names)
     slices, sources = len(traced.x_leaves), flow.forwarded(closed.jaxpr)
     of_carry, of_rest = sources[: len(traced.carry)], dict(enumerate(sources[len(traced.carry) :], len(traced.carry)))
     own = {i: source for i, source in of_rest.items() if source is not None and source < slices}

@@ -102,7 +102,8 @@ class Explanation:
         slices: of each piece that is computed in slices, in which, see `tiles`.
         chosen: where the policy chooses by itself, what, out of what.
         parts: where a plan runs the first blocks under another setting than the others, both, each explained as a stack of
-            its own; then bytes are those of both, times their means, and the values those of the one and then of the other.
+            its own; then bytes are those of both, times their means, the values those of the one and then of the other, and
+            what else is said of a setting stands in the parts.
     """
 
     block: str
@@ -136,7 +137,8 @@ class Explanation:
 
     def to_json(self) -> dict[str, Any]:
         """All fields and the forward runs, as JSON has them."""
-        return {**dataclasses.asdict(self), "forward_runs": self.forward_runs}
+        parts = [part.to_json() for part in self.parts]
+        return {**dataclasses.asdict(self), "forward_runs": self.forward_runs, "parts": parts}
 
     def __str__(self) -> str:
         if self.parts:
@@ -148,14 +150,19 @@ class Explanation:
         """The table as a page that needs nothing else."""
         head = "".join(f"<th>{name}</th>" for name in _COLUMNS)
         most = max((v.bytes for v in self.values), default=1) or 1
-        rows = "\n".join(
+        title = lambda part: f'<tr><th colspan="{len(_COLUMNS) + 1}">{html.escape(part._title())}</th></tr>\n'  # noqa: E731
+        rows = "\n".join(title(part) + part._rows(most) for part in self.parts) or self._rows(most)
+        totals = "".join(f"<li>{html.escape(line.strip())}</li>" for line in self._totals())
+        return _PAGE.format(title=html.escape(self._title()), head=head, rows=rows, totals=totals)
+
+    def _rows(self, most: int) -> str:
+        """The rows of a page, with bars beside them; `most` bytes are the longest."""
+        return "\n".join(
             f'<tr class="{v.fate.split()[0]}">'
             + "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(v))
             + f'<td><div style="width:{200 * v.bytes / most:.0f}px"></div></td></tr>'
             for v in self.values
         )
-        totals = "".join(f"<li>{html.escape(line.strip())}</li>" for line in self._totals())
-        return _PAGE.format(title=html.escape(self._title()), head=head, rows=rows, totals=totals)
 
     def _title(self) -> str:
         chunks = "" if self.blocks_per_ckpt is None else f", blocks_per_ckpt={self.blocks_per_ckpt}"
@@ -253,16 +260,14 @@ def explain(
     where = None if target is None else targets.get(target)
     if run.first is None:
         return _explained(run, where)
-    count, first = run.first
-    return _of_parts(
-        _explained(replace(first, length=count), where),
-        _explained(replace(run, length=run.length - count, first=None), where),
-    )
+    others = replace(run, length=run.length - run.first.length, first=None)
+    whole = _explained(replace(run, first=None), None)
+    return _of_parts(whole, _explained(run.first, where), _explained(others, where))
 
 
-def _of_parts(*parts: Explanation) -> Explanation:
-    """The first blocks and the others as one stack."""
-    length = sum(part.length for part in parts)
+def _of_parts(whole: Explanation, *parts: Explanation) -> Explanation:
+    """The first blocks and the others as one stack; `whole` is one of which all blocks are like the others."""
+    length = whole.length
     total = lambda name: sum(getattr(part, name) for part in parts)  # noqa: E731
 
     def mean(name: str) -> Any:
@@ -270,14 +275,16 @@ def _of_parts(*parts: Explanation) -> Explanation:
         return None if None in values else sum(v * part.length for v, part in zip(values, parts, strict=True)) / length
 
     return replace(
-        parts[-1],
-        length=length,
+        whole,
+        blocks_per_ckpt=None,
+        pieces=1,
+        chosen=None,
+        target=parts[0].target,
         policy="; ".join(part.policy for part in parts),
         values=tuple(value for part in parts for value in part.values),
         stored_bytes=total("stored_bytes"),
         host_bytes=total("host_bytes"),
         chunk_bytes=total("chunk_bytes"),
-        wanted_bytes=total("wanted_bytes"),
         forward_seconds=mean("forward_seconds"),
         rerun_seconds=mean("rerun_seconds"),
         whole_runs=mean("whole_runs"),

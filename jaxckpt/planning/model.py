@@ -38,8 +38,8 @@ from jaxckpt.engine.stack import described
 from jaxckpt.memory.targets import Target
 
 _START = 4e-6  # seconds between kernels of a loop on a GPU, as published for H100: 2 to 6
-# Neighbours among options of which the first blocks take another setting than the others differ by no less.
-_APART, _APART_IN_SECONDS = 1.02, 1.001
+# How far options of which the first blocks differ from the others are apart at least: by 2% of bytes, and 0.1% of seconds.
+_APART, _APART_IN_SECONDS = 0.02, 0.001
 _SNAPSHOTS = (2, 3, 4, 5, 7, 9, 12, 16, 24)
 
 
@@ -52,9 +52,9 @@ class Option(NamedTuple):
         block_bytes: what autodiff wants at once while a block, or its largest piece, is differentiated: a guess at what that
             takes, of which XLA fuses some away.
         seconds: of all blocks, forward and backward. forward_runs: of each block, parts of it by their time.
-        family: options of one family take alike beside what they store.
-        phases: where blocks differ, what is stored while the others are differentiated, and the first, and the options of a
-            stack of such blocks alone.
+        family: options of one family take alike beside what they store: by pieces, by whether there are chunks or snapshots,
+            and by whether carries are on the host.
+        phases: where the first blocks differ from the others, those of the backward pass, in their order.
     """
 
     knobs: Knobs
@@ -63,27 +63,36 @@ class Option(NamedTuple):
     block_bytes: int
     seconds: float
     forward_runs: float
-    phases: "tuple[tuple[int, Option], ...]" = ()
+    phases: "tuple[Phase, ...]" = ()
 
     @property
     def family(self) -> tuple[Any, bool, bool]:
         knobs = self.knobs
-        pieces = (
-            knobs.pieces
-            if knobs.first is None or knobs.first[1].pieces == knobs.pieces
-            else (knobs.first[1].pieces, knobs.pieces)
-        )
+        of_first = knobs.pieces if knobs.first is None else knobs.first[1].pieces
+        pieces = knobs.pieces if of_first == knobs.pieces else (of_first, knobs.pieces)
         return pieces, bool(knobs.blocks_per_ckpt or knobs.snapshots), knobs.offload_carry
 
     @property
-    def alike(self) -> "tuple[tuple[int, Option], ...]":
-        """The phases; of blocks that are all alike, the one."""
-        return self.phases or ((self.stored_bytes, self),)
+    def of_equal_blocks(self) -> "tuple[Option, ...]":
+        """This option, or, where the first blocks differ from the others, those of stacks of either."""
+        return tuple(phase.option for phase in self.phases) or (self,)
 
     @property
     def of_block(self) -> Knobs:
         """What is kept in a block and how it is cut: the knobs on which mostly depends what differentiating it takes."""
         return Knobs(policy=self.knobs.policy, kept=self.knobs.kept, stages=self.knobs.stages, tiles=self.knobs.tiles)
+
+
+class Phase(NamedTuple):
+    """Of the backward pass of a stack whose first blocks differ from the others.
+
+    Fields:
+        stored_bytes: what is still stored, for all blocks.
+        option: of a stack of blocks that are all like those that are differentiated.
+    """
+
+    stored_bytes: int
+    option: Option
 
 
 class Cut(NamedTuple):
@@ -217,14 +226,14 @@ class Stack:
 
     def _between(self, found: list[Option]) -> Iterator[Option]:
         """Options of which the first blocks take one setting without chunks and the others the next."""
-        alike = [o for o in found if not (o.knobs.blocks_per_ckpt or o.knobs.snapshots or o.knobs.offload_carry)]
+        of_all = [o for o in found if not (o.knobs.blocks_per_ckpt or o.knobs.snapshots or o.knobs.offload_carry)]
         front: list[Option] = []
-        for option in sorted(alike, key=lambda o: (o.seconds, _bytes(o))):
+        for option in sorted(of_all, key=lambda o: (o.seconds, _bytes(o))):
             if not front or _bytes(option) < _bytes(front[-1]) * 0.999:
                 front.append(option)
         for fast, lean in itertools.pairwise(front):
-            bytes_apart = math.log(_bytes(fast) / _bytes(lean)) / math.log(_APART)
-            seconds_apart = (lean.seconds / fast.seconds - 1) / (_APART_IN_SECONDS - 1)
+            bytes_apart = math.log(_bytes(fast) / _bytes(lean)) / _APART
+            seconds_apart = (lean.seconds / fast.seconds - 1) / _APART_IN_SECONDS
             steps = min(self.run.length, math.ceil(bytes_apart), math.ceil(seconds_apart))
             for first in sorted({round(self.run.length * k / steps) for k in range(1, steps)} - {0, self.run.length}):
                 yield self._of_two(first, lean, fast)
@@ -233,14 +242,14 @@ class Stack:
         """The first blocks under one option, the others under another one."""
         share = first / self.run.length
         mean = lambda a, b: share * a + (1 - share) * b  # noqa: E731
-        of_first, of_others = round(share * lean.stored_bytes), round((1 - share) * fast.stored_bytes)
-        phases = (of_first + of_others, fast), (of_first, lean)
-        knobs = replace(fast.knobs, engine="reversal", first=(first, replace(lean.knobs, engine="reversal")))
+        of_first = round(share * lean.stored_bytes)
+        stored = of_first + round((1 - share) * fast.stored_bytes)
+        phases = (Phase(stored, fast), Phase(of_first, lean))
         return Option(
-            knobs=knobs,
-            stored_bytes=of_first + of_others,
+            knobs=replace(fast.knobs, engine="reversal", first=(first, replace(lean.knobs, engine="reversal"))),
+            stored_bytes=stored,
             kept_bytes=round(mean(lean.kept_bytes, fast.kept_bytes)),
-            block_bytes=max(stored + option.block_bytes for stored, option in phases) - of_first - of_others,
+            block_bytes=max(phase.stored_bytes + phase.option.block_bytes for phase in phases) - stored,
             seconds=mean(lean.seconds, fast.seconds),
             forward_runs=mean(lean.forward_runs, fast.forward_runs),
             phases=phases,

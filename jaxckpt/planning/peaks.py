@@ -98,11 +98,10 @@ class Peaks:
     def transient(self, i: int, option: Option) -> float:
         """What differentiating a block of the `i`-th stack takes; a hopeful guess where the compiler was not asked.
 
-        Where blocks differ, what is needed at most beside all that is stored; less than nothing, where the others keep much
-        and are done when the first take most.
+        Where blocks differ, what is needed at most beside all that is stored.
         """
         if option.phases:
-            return max(stored + self.transient(i, part) for stored, part in option.phases) - option.stored_bytes
+            return max(phase.stored_bytes + self.transient(i, phase.option) for phase in option.phases) - option.stored_bytes
         if (found := self.known.transients.get((i, option.of_block))) is not None:
             return found[1]
         sizes = sorted(

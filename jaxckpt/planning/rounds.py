@@ -122,8 +122,8 @@ def _asked(c: Combination, peaks: Peaks, limit: float, compiler: Compiler) -> Pe
 def _informed(c: Combination, peaks: Peaks, compiler: Compiler) -> Peaks:
     """The same model, if there is nothing to ask of the blocks of `c`, or another one that knows what they take."""
     known = peaks.known
-    alike = [(i, option) for i, whole in enumerate(c.options) for _, option in whole.alike]
-    unknown = [(i, option) for i, option in alike if (i, option.of_block) not in known.transients]
+    asked = [(i, option) for i, whole in enumerate(c.options) for option in whole.of_equal_blocks]
+    unknown = [(i, option) for i, option in asked if (i, option.of_block) not in known.transients]
     found = {(i, o.of_block): (o.kept_bytes, taken) for i, o in unknown if (taken := compiler.block(i, o)) is not None}
     return Peaks(peaks.fixed, Known(known.compiled, {**known.transients, **found})) if found else peaks
 

@@ -41,7 +41,7 @@ from jaxckpt.planning.peaks import Combination, Known, Peaks, kind
 from jaxckpt.planning.rounds import COMPILATIONS
 
 _TIMED = 6  # settings that are run for real
-_WIDEST = 20_000  # combinations of a few stacks that are looked at
+_WIDEST = 60_000  # combinations of a few stacks that are looked at
 _FEW = 3
 
 
@@ -119,7 +119,7 @@ def plan(
         how = combinations, fixed, search, compilations
         chosen = rounds.fastest(limit, *how) if objective == "time" else None
         if chosen is None:
-            left = max(1, compilations - len(search.seen))
+            left = compilations - len(search.seen)
             chosen = rounds.least(combinations, fixed, search, left, search.known)
             if search.seen[chosen].peak_bytes > limit:
                 raise ValueError(_too_little(limit, search, fixed, chosen))
@@ -342,9 +342,22 @@ def _combinations(options: Sequence[Sequence[Option]]) -> list[Combination]:
         prices = [0.0, *(10.0**power for power in np.linspace(-15, 0, 300))]
         chosen = [[min(o, key=lambda o: o.seconds + p * (o.stored_bytes + o.block_bytes)) for o in options] for p in prices]
         return list(dict.fromkeys(Combination(tuple(c)) for c in chosen))
-    each = max(2, int(_WIDEST ** (1 / len(options))))
-    thinned = [[o[i * (len(o) - 1) // (each - 1)] for i in range(each)] if len(o) > each else o for o in options]
-    return [Combination(tuple(c)) for c in itertools.product(*thinned)]
+    each = int(_WIDEST ** (1 / len(options)))
+    return [Combination(tuple(c)) for c in itertools.product(*(_thinned(o, each) for o in options))]
+
+
+def _thinned(options: Sequence[Option], number: int) -> Sequence[Option]:
+    """So many, evenly; of those under which all blocks are alike, which are of many kinds, at least two thirds."""
+    if len(options) <= number:
+        return options
+    alike, of_two = [o for o in options if not o.phases], [o for o in options if o.phases]
+    least = min(len(alike), number * 2 // 3 + 1)
+    kept = [*_evenly(alike, max(least, number - len(of_two))), *_evenly(of_two, number - least)]
+    return sorted(kept, key=lambda o: o.seconds)
+
+
+def _evenly(options: Sequence[Option], number: int) -> Sequence[Option]:
+    return [options[i * (len(options) - 1) // (number - 1)] for i in range(number)] if 1 < number < len(options) else options
 
 
 def _fixed_bytes(program: Any) -> int:

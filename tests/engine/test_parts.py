@@ -132,7 +132,7 @@ def test_what_is_explained():
     first, others = found.parts
     assert (first.length, others.length, found.length) == (5, 2, N)
     assert found.stored_bytes == first.stored_bytes + others.stored_bytes
-    assert found.wanted_bytes == first.wanted_bytes + others.wanted_bytes
+    assert found.wanted_bytes == explain(checkpoint_scan(block, has_aux=True), w, x, shift=shift).wanted_bytes
     assert first.forward_runs > found.forward_runs > others.forward_runs == 1
     assert f"{N} x block, the first 5 under another setting than the others" in str(found)
     assert "5 x block, policy='nothing'" in str(found) and "2 x block, policy='everything'" in str(found)

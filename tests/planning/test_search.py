@@ -123,15 +123,43 @@ def test_the_first_blocks_keep_less_than_the_others(tmp_path, range_of_peaks):
     for p in of_two:
         count, knobs = p[""].knobs.first
         assert 0 < count < N and knobs != p[""].knobs and knobs.first is None
-        assert f"first {count} blocks: {knobs}; the others: " in str(p)
+        assert f"first {count}: {knobs}, then: " in str(p)
         p.save(tmp_path / "plan.json")
         assert load(tmp_path / "plan.json") == p
         assert relative_error(step_of({"plan": tmp_path / "plan.json"})(W, X), want) < 1e-5
-    fields = json.loads((tmp_path / "plan.json").read_text())
-    fields["stacks"][""]["knobs"]["first"][0] = N
+
+
+def of_two(first, **knobs):
+    """What the file of a plan says of a stack whose first blocks have knobs of their own."""
+    return {**dataclasses.asdict(Knobs(engine="reversal")), **knobs, "first": first}
+
+
+LEAN = dataclasses.asdict(Knobs(engine="reversal"))
+
+
+@pytest.mark.parametrize(
+    "knobs, said",
+    [
+        (of_two([N, LEAN]), f"its first {N} blocks are no part of {N}"),
+        (of_two([0, LEAN]), "its first 0 blocks are no part"),
+        (of_two([3.5, LEAN]), "its first 3.5 blocks are no part"),
+        (of_two([True, LEAN]), "its first True blocks are no part"),
+        (of_two([]), "is no plan that jaxckpt.plan saved"),
+        (of_two([3, LEAN, 7]), "is no plan that jaxckpt.plan saved"),
+        (of_two([3, {**LEAN, "first": [2, LEAN]}]), "of the first blocks none have knobs of their own"),
+        (of_two([3, LEAN], engine="scan"), "run by the reversal engine"),
+        (of_two([3, {**LEAN, "engine": "scan"}]), "run by the reversal engine"),
+        (of_two([3, {**LEAN, "policy": "offload:x"}]), "not under offload:x"),
+        (of_two([3, {**LEAN, "snapshots": 5}]), "snapshots=5, reversal is not for 3 blocks"),
+        (of_two([3, LEAN], blocks_per_ckpt=10), "blocks_per_ckpt=10, reversal is not for 9 blocks"),
+    ],
+)
+def test_files_whose_parts_are_none(knobs, said, tmp_path, range_of_peaks):
+    fields = planned(range_of_peaks[1]).to_json()
+    fields["stacks"][""]["knobs"] = knobs
     (tmp_path / "plan.json").write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match=f"its first {N} blocks are no part of {N}"):
-        load(tmp_path / "plan.json")
+    with pytest.raises(ValueError, match=said):
+        checkpoint_scan(block, plan=tmp_path / "plan.json")
 
 
 def test_tiles_are_a_knob_of_the_plan(monkeypatch, tmp_path):
