@@ -75,6 +75,22 @@ def test_numbers_are_the_same(knobs, request):
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
+@pytest.mark.parametrize("knobs", [{}, {"engine": "reversal"}, {"policy": "everything"}], ids=str)
+def test_programs_for_a_cpu_are_the_same(knobs, request):
+    p, x, shared = arguments()
+    stack = checkpoint_scan(block, **knobs)
+
+    def program():
+        jax.clear_caches()
+        step = jax.grad(lambda w, x: (stack({**p, "w": w}, x, **shared) ** 2).sum())
+        return jax.jit(lambda w, x: step(w, x)).lower(p["w"], x).as_text()
+
+    request.getfixturevalue("nowhere")
+    want = program()
+    request.getfixturevalue("everywhere")
+    assert program() == want
+
+
 def everything_but(*_, **__):
     """A policy that keeps whatever it is asked for."""
     return True
