@@ -17,11 +17,13 @@ N = 4
 @pytest.fixture
 def everywhere(monkeypatch):
     monkeypatch.setattr(kernels, "COPIES_ASYNCHRONOUSLY_FROM", (0, 0))
+    monkeypatch.setattr(kernels, "LAYS_OUT_MASKS_UNTIL", (0, 0))
 
 
 @pytest.fixture
 def nowhere(monkeypatch):
     monkeypatch.setattr(kernels, "COPIES_ASYNCHRONOUSLY_FROM", (99,))
+    monkeypatch.setattr(kernels, "LAYS_OUT_MASKS_UNTIL", (99,))
 
 
 def block(p, x, *, shift, mask):
