@@ -52,7 +52,11 @@ def test_only_the_command_line_is_prepared(argv, whole, expected):
 
 
 def test_an_interrupt_while_modules_are_imported(tmp_path):
-    done = started(tmp_path, "os.kill(os.getpid(), signal.SIGINT); time.sleep(30)")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's jobs in the background ignore it
+    try:
+        done = started(tmp_path, "os.kill(os.getpid(), signal.SIGINT); time.sleep(30)")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
