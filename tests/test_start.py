@@ -1,3 +1,4 @@
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -16,6 +17,16 @@ NOTE = "I0000 00:00:1795934887.832600    6034 cudart_stub.cc:31] Could not find 
 ALARM = "E1129 07:01:02.832600    6034 gpu_hlo_schedule.cc:31] ... This indicates an error in the calculation!"
 FATAL = "F1129 07:01:02.832600    6034 pjrt.cc:31] Check failed: it is over"
 BEFORE = "WARNING: All log messages before absl::InitializeLog() is called are written to STDERR"
+
+
+@contextlib.contextmanager
+def interrupts(handler):
+    """Inside, SIGINT is left to `handler`; a process that is started there ignores it only where this one does."""
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def started(tmp_path, jax, *arguments, **environment):
@@ -52,31 +63,22 @@ def test_only_the_command_line_is_prepared(argv, whole, expected):
 
 
 def test_an_interrupt_while_modules_are_imported(tmp_path):
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's jobs in the background ignore it
-    try:
+    with interrupts(signal.default_int_handler):  # a shell's jobs in the background ignore them
         done = started(tmp_path, "os.kill(os.getpid(), signal.SIGINT); time.sleep(30)")
-    finally:
-        signal.signal(signal.SIGINT, before)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
-def test_a_shell_that_ignores_interrupts_is_obeyed(tmp_path, monkeypatch):
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
+def test_a_shell_that_ignores_interrupts_is_obeyed(tmp_path):
+    with interrupts(signal.SIG_IGN):
         done = started(tmp_path, "os.kill(os.getpid(), signal.SIGINT); print('still here'); os._exit(0)")
-    finally:
-        signal.signal(signal.SIGINT, before)
     assert done.stderr == "" and done.returncode == 0
 
 
 def test_an_interrupt_inside_of_a_command():
-    before = signal.signal(signal.SIGINT, _start._interrupted)
-    try:
+    with interrupts(_start._interrupted):
         with pytest.raises(KeyboardInterrupt), _start.interruptible():
             os.kill(os.getpid(), signal.SIGINT)
         assert signal.getsignal(signal.SIGINT) is _start._interrupted
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 LOGS = "\n".join(f"os.write(2, b{line + chr(10)!r})" for line in [BEFORE, NOTE, ALARM])
