@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from jax.extend import core
 
 from jaxckpt.analysis import tagging
+from jaxckpt.analysis.cost import cost
 from jaxckpt.analysis.tiles import Tiles
 
 
@@ -51,6 +52,12 @@ def pieces_between(
             on_the_way.update(var for var in eqn.invars if not isinstance(var, core.Literal))
         pieces.append(Piece(begin, end, sum(wanted[begin:end]), last[::-1], sliced))
     return pieces
+
+
+def share_before_last(jaxpr: Any, pieces: Sequence[Piece], rates: Any) -> float:
+    """The part of a block's run that is before its last piece, by time: it is run once more, to know what enters the pieces."""
+    seconds = [cost(eqn, rates).seconds for eqn in jaxpr.eqns]
+    return sum(seconds[: pieces[-1].begin]) / (sum(seconds) or 1.0) if pieces else 0.0
 
 
 def cuts_at_tags(closed: Any, tags: Sequence[str]) -> list[int]:

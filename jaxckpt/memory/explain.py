@@ -25,6 +25,7 @@ from jaxckpt._table import aligned
 from jaxckpt.analysis import flow, inlining, numbering, sources, tagging
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis.cost import Cost, cost
+from jaxckpt.analysis.stages import share_before_last
 from jaxckpt.analysis.tradeoff import tradeoff_of
 from jaxckpt.engine.run import Run
 from jaxckpt.engine.schedule import whole_runs
@@ -362,8 +363,8 @@ def _seconds(run: Run, kept: list[_Residual], wanted: list[_Residual], rates: An
         closed, number = inlining.merge(run.closed)
         trade = tradeoff_of(closed, rates)
         forward, rerun = trade.forward_seconds, trade.again_seconds({number[i] for i in have}) if missing else 0.0
-    if is_cut:  # once to get at what crosses the cuts, and piece by piece
-        rerun *= 2
+    if is_cut:  # all but the last piece once to get at what crosses the cuts, and piece by piece
+        rerun *= 1 + share_before_last(run.closed.jaxpr, run.pieces, rates)
     return {"forward_seconds": forward, "rerun_seconds": rerun}
 
 

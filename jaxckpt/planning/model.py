@@ -16,7 +16,7 @@ writing what is kept is in the passes already, as it is without checkpointing.)
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ from jaxckpt._setting import with_knobs
 from jaxckpt.analysis import inlining
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis.cost import is_dear, step_seconds
-from jaxckpt.analysis.stages import Piece
+from jaxckpt.analysis.stages import Piece, share_before_last
 from jaxckpt.analysis.tradeoff import Choice, Tradeoff, tradeoff_of
 from jaxckpt.engine.cutting import pieces_of
 from jaxckpt.engine.run import Run
@@ -101,10 +101,12 @@ class Cut(NamedTuple):
     Fields:
         bytes: that are wanted at once while its largest piece is differentiated.
         slicing_seconds: of one run of the block, what computing pieces in slices takes longer.
+        share: of what is run again, what is run again twice, see `share_before_last`.
     """
 
     bytes: int
     slicing_seconds: float
+    share: float
 
 
 class Stack:
@@ -123,25 +125,28 @@ class Stack:
     def __init__(self, run: Run, rates: Any):
         self.rates = rates
         self.described = described(run.closed, run.leaves[1], run.length)
-        self.trade: Tradeoff = tradeoff_of(inlining.merged(inlining.inlined(run.closed, checkpoints=True)), rates)
+        merged = inlining.merged(inlining.inlined(run.closed, checkpoints=True))
+        self.trade: Tradeoff = tradeoff_of(merged, rates)
         carry = [jax.typeof(run.leaves[1][i]) for i in run.moving]
         self.carry_bytes = sum(map(jx.nbytes, carry))
-        self.cuts: dict[str | None, Cut] = {} if jx.effects(run.closed) else self._cuts(run)
+        self.cuts: dict[str | None, Cut] = {} if jx.effects(run.closed) else self._cuts(run, run.closed, ("stages", "tiles"))
+        self.cuts_where_kept = {} if jx.effects(run.closed) else self._cuts(run, merged, ("stages",))
         is_batched = any(jx.is_batched(leaf) for part in run.leaves for leaf in part)
         self.can_be_alone = not is_batched and not jx.collective_axes(run.closed)
         xs, carried, arrays = [[_type(leaf) for leaf in part] for part in run.leaves]
         constants = [_type(value) if isinstance(value, Tracer) else value for value in run.closed.consts]
         self.run = replace(run, closed=jx.closed(run.closed.jaxpr, constants), leaves=(xs, carried, arrays))
 
-    def _cuts(self, run: Run) -> dict[str | None, Cut]:
+    def _cuts(self, run: Run, closed: Any, names: Sequence[str]) -> dict[str | None, Cut]:
         """The block in stages and in tiles, by `Knobs.pieces`, each where there is something to cut or to slice."""
         slices, found = len(run.leaves[0]), {}
         carried = range(slices, slices + len(run.leaves[1]))
-        for name in ("stages", "tiles"):
-            flat, pieces = pieces_of(run.closed, carried, "auto", "auto" if name == "tiles" else None)
+        for name in names:
+            flat, pieces = pieces_of(closed, carried, "auto", "auto" if name == "tiles" else None)
             if any(piece.tiles for piece in pieces) if name == "tiles" else len(pieces) > 1:
                 longer = sum(_slicing_seconds(flat.jaxpr, piece, self.rates) for piece in pieces)
-                found[name] = Cut(max(piece.bytes for piece in pieces) + 2 * self.carry_bytes, longer)
+                share = share_before_last(flat.jaxpr, pieces, self.rates)
+                found[name] = Cut(max(piece.bytes for piece in pieces) + 2 * self.carry_bytes, longer, share)
         return found
 
     def transient_bytes(self, of_block: Knobs, where: Target) -> int:
@@ -268,11 +273,11 @@ class Stack:
             stored = (2 * carry if knobs.offload_carry else inputs * carry) + (per_chunk or 0) * (carry + choice.bytes)
             stored += 0 if per_chunk else carry
         again = 0.0 if choice.bytes >= self.trade.wanted_bytes else choice.rerun_seconds - self.trade.floor_seconds
-        again *= 2 if knobs.pieces and knobs.policy != "everything" else 1
-        runs = whole_runs(length, per_chunk, knobs.snapshots, knobs.engine) + max(0.0, again) / (forward or 1.0)
         block_bytes, longer = choice.largest_bytes, 0.0
-        if (cut := self.cuts.get(knobs.pieces)) is not None:
+        if (cut := (self.cuts_where_kept if choice.names else self.cuts).get(knobs.pieces)) is not None:
             block_bytes, longer = min(block_bytes, cut.bytes), cut.slicing_seconds
+            again *= 1 if knobs.policy == "everything" else 1 + cut.share
+        runs = whole_runs(length, per_chunk, knobs.snapshots, knobs.engine) + max(0.0, again) / (forward or 1.0)
         seconds = step_seconds(length, forward + longer, runs, self.rates, host_bytes=on_host, fresh_bytes=stored - on_host)
         return Option(knobs, stored, choice.bytes, block_bytes, seconds, runs)
 

@@ -5,9 +5,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxckpt.analysis import inlining, numbering, tagging
 from jaxckpt.analysis import jaxpr as jx
+from jaxckpt.analysis.cost import REFERENCE
 from jaxckpt.analysis.cuts import Block, find_cuts
-from jaxckpt.analysis.stages import cuts_at_tags, pieces_between
+from jaxckpt.analysis.stages import cuts_at_tags, pieces_between, share_before_last
+from jaxckpt.engine.cutting import pieces_of
 from jaxckpt.engine.pieces import in_pieces
+from jaxckpt.models import TransformerBlock
 from jaxckpt.policies.grammar import nothing
 from tests.support import random_like, relative_error
 
@@ -57,6 +60,19 @@ def test_at_most_so_many_pieces(most):
 
 def test_nothing_to_cut():
     assert cuts_of(traced(lambda w, x: x @ w, jnp.ones((4, 4)), X), carried=[1]) == []
+
+
+@pytest.mark.parametrize("tokens", [1024, 2048])
+def test_a_transformer_is_sliced_behind_its_keys_and_values(tokens):
+    x = jax.ShapeDtypeStruct((8, tokens, 1024), jnp.bfloat16)
+    module = TransformerBlock(1024, num_heads=16, d_ff=4096, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    params = jax.eval_shape(module.init, jax.random.key(0), x)
+    leaves, tree = jax.tree.flatten(params)
+    closed = jx.trace(lambda x, *leaves: module.apply(jax.tree.unflatten(tree, leaves), x), x, *leaves)
+    flat, pieces = pieces_of(closed, [0], "auto", "auto")
+    again = share_before_last(flat.jaxpr, pieces, REFERENCE)
+    whole = Block(flat, [0], numbering.residual_bytes(flat)).whole
+    assert again < 0.1 and pieces[-1].bytes < 0.1 * whole
 
 
 def test_tags():

@@ -151,7 +151,8 @@ def test_collectives_are_no_side_effect(engine):
     assert relative_error(got, want) < 1e-5
 
 
-def test_runs_of_a_block():
+@pytest.mark.parametrize("piece, in_stages", [(0, 3), (1, 2)])  # nothing is entered behind the last piece
+def test_runs_of_a_block(piece, in_stages):
     def counted_runs(**knobs):
         runs = []
 
@@ -160,12 +161,17 @@ def test_runs_of_a_block():
             return jax.pure_callback(lambda x: (runs.append(1), x)[1], jax.ShapeDtypeStruct((), "float32"), x)
 
         counted.defjvp(lambda primals, tangents: (counted(*primals), tangents[0]))
-        stack = checkpoint_scan(lambda w, x: jnp.sin(w * checkpoint_name(jnp.sin(w * counted(x)), "first")), **knobs)
+
+        def block(w, x):
+            x = checkpoint_name(jnp.sin(w * (counted(x) if piece == 0 else x)), "first")
+            return jnp.sin(w * (counted(x) if piece == 1 else x))
+
+        stack = checkpoint_scan(block, **knobs)
         jax.block_until_ready(jax.jit(jax.grad(lambda w: stack(w, jnp.float32(0.5))))(jnp.ones(N)))
         return len(runs) / N
 
     assert counted_runs() == 2
-    assert counted_runs(stages="tags:first") == 3
+    assert counted_runs(stages="tags:first") == in_stages
     assert counted_runs(stages="tags:first", policy="everything") == 2
 
 
@@ -177,11 +183,24 @@ def test_explain_counts_the_pieces():
     )
     assert (whole.pieces, cut.pieces) == (1, 2)
     assert whole.stored_bytes == cut.stored_bytes
-    assert cut.forward_runs - 1 == 2 * (whole.forward_runs - 1)
+    assert whole.forward_runs < cut.forward_runs < 2 * whole.forward_runs - 1
     assert "each in 2 pieces" in str(cut)
     kept = explain(checkpoint_scan(block, stages="tags:first", policy="everything"), *args, target="h200", **shared)
     assert kept.stored_bytes == 2 * whole.stored_bytes  # the carry, and what crosses the cut
     assert kept.wanted_bytes == whole.wanted_bytes
+
+
+@pytest.mark.parametrize("first, again", [(1, 1 / 4), (2, 2 / 4), (3, 3 / 4)])
+def test_explain_counts_what_is_before_the_last_piece(first, again):
+    def layers(w, x):
+        for i in range(4):
+            x = jnp.sin(x @ w)
+            x = checkpoint_name(x, "cut") if i + 1 == first else x
+        return x
+
+    args = jnp.ones((3, 64, 64)), jnp.ones((64, 64))
+    whole, cut = (explain(checkpoint_scan(layers, stages=stages), *args, target="h200") for stages in (None, "tags:cut"))
+    assert cut.forward_runs - 1 == pytest.approx((1 + again) * (whole.forward_runs - 1))
 
 
 @pytest.mark.parametrize("stages", [0, -1, 2.0, True, "always", "tags:", "tags:a,,b", ("first",)])
