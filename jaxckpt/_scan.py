@@ -60,7 +60,7 @@ def checkpoint_scan(
         per_block: names of keyword arguments with a leading axis `N`, one slice per block.
         unroll: how many blocks stand in one loop body, as in `lax.scan`.
         stages: cuts each block itself into pieces that are checkpointed one by one, where few bytes are alive, so that
-            not all that its backward pass wants is alive at once; each piece is run once more for it. "auto" finds the
+            not all that its backward pass wants is alive at once; all but the last are run once more. "auto" finds the
             cuts, an integer is the number of pieces at most, "tags:z1,z2" cuts behind what `checkpoint_name` tagged so.
             Under the policy "everything" what crosses the cuts is kept.
         tiles: computes pieces in slices along an axis of what they return, so that one slice's values are alive at once.
