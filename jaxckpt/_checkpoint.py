@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax
 from flax import nnx
 
 from jaxckpt._equinox import check_no_module
+from jaxckpt._plan import Plan, StackPlan
 from jaxckpt._setting import Setting, make_setting
 from jaxckpt.engine import check
 from jaxckpt.flax import single
@@ -24,6 +26,7 @@ def checkpoint(
     policy: str | JaxPolicy | Policy = "nothing",
     stages: int | str | None = None,
     tiles: int | str | None = None,
+    plan: "Plan | StackPlan | str | os.PathLike[str] | None" = None,
 ) -> Callable[..., Any]:
     """`fn`, whose values are not kept for the backward pass but as told, and computed again there.
 
@@ -41,6 +44,8 @@ def checkpoint(
             "tags:NAMES" to cut behind tagged values. While `fn` is differentiated, what crosses the cuts is kept.
         tiles: slices that a piece is computed in: None, "auto", or an integer (slices at most). Implies stages="auto" where
             `stages` is not given.
+        plan: all of these from a plan: "auto:NAME" under `jaxckpt.plan`, which chooses them with those of the step's stacks
+            (by default as `checkpoint(fn)`); or a plan, its file, or "FILE:NAME", as for `checkpoint_scan`.
     Raises:
         TypeError: `fn` cannot be called; or, at the call, it is given a `jax.Ref`, or closes over one.
         ValueError: a knob that is not allowed; or, at the call, tags that are not there, side effects, and what `fn` writes
@@ -56,7 +61,8 @@ def checkpoint(
     >>> jax.grad(head)(kernel, x, labels).shape
     (8, 1000)
     """
-    setting = make_setting(None, None, policy, False, (), 1, stages, tiles=tiles)
+    policy = None if plan is not None and policy == "nothing" else policy
+    setting = make_setting(None, None, policy, False, (), 1, stages, tiles=tiles, plan=plan)
     if isinstance(fn, type) and issubclass(fn, nn.Module):
         return single.linen_class(fn, setting)
     if isinstance(fn, nn.Module) and fn.scope is None:

@@ -156,7 +156,9 @@ class Plan:
     def __str__(self) -> str:
         budget = "" if self.budget_bytes is None else f" of {size_text(self.budget_bytes)}"
         lines = [f"{size_text(self.peak_bytes)}{budget} on {self.target}, JAX {self.jax_version}"]
-        lines += [f"  {name or stack.block} ({stack.length} blocks): {stack.knobs}" for name, stack in self.stacks.items()]
+        for name, stack in self.stacks.items():
+            blocks = "1 block" if stack.length == 1 else f"{stack.length} blocks"
+            lines.append(f"  {name or stack.block} ({blocks}): {stack.knobs}")
         rows = [("", "setting", "predicted", "compiled", "forward runs", "model s", "measured s")]
         for c in self.candidates:
             compiled = "" if c.peak_bytes is None else size_text(c.peak_bytes)

@@ -8,9 +8,10 @@ squares are taken.
 
 All pieces but the last are run once more than the block is, to know what enters the next. So a longer last piece saves time,
 and where it costs little memory, and pieces are computed in slices, it is taken: a transformer's block of 2048 tokens, in
-slices of tokens from its keys and values on, needs 0.9 percent more of what it takes whole than cut behind its attention, and
-1 percent of it is run a third time instead of 80. (Without slices a long last piece is much of the peak, and XLA may keep it
-beside what it runs before: 20.1 instead of 13.0 GiB for 48 Pairformer blocks of 768 tokens with 5 snapshots, JAX 0.12.)
+slices of tokens from its keys and values on, needs 0.9 percent more of what it takes whole than it does cut behind its
+attention, and 1 percent of it is run a third time instead of 80. (Without slices a long last piece is much of the peak, and
+XLA may keep it beside what it runs before: 20.1 instead of 13.0 GiB for 48 Pairformer blocks of 768 tokens with 5 snapshots,
+JAX 0.12.)
 """
 
 import itertools

@@ -55,7 +55,7 @@ def pieces_between(
 
 
 def share_before_last(jaxpr: Any, pieces: Sequence[Piece], rates: Any) -> float:
-    """The part of a block's run that is before its last piece, by time: it is run once more, to know what enters the pieces."""
+    """The part of a block's run that is before its last piece, by time: it is run once more, for what enters the pieces."""
     seconds = [cost(eqn, rates).seconds for eqn in jaxpr.eqns]
     return sum(seconds[: pieces[-1].begin]) / (sum(seconds) or 1.0) if pieces else 0.0
 

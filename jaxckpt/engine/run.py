@@ -46,6 +46,7 @@ class Run:
     leaves: tuple[list[Any], list[Any], list[Any]]  # of `xs`, the first carry, the shared arrays
     carry_names: list[str]
     first: "Run | None" = None  # of the first blocks, if they run under a setting of their own
+    is_stack: bool = True  # and not what `checkpoint` was given, which is planned as a stack of one block is
 
     @property
     def constants(self) -> list[Any]:

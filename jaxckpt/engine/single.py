@@ -5,14 +5,17 @@ from typing import Any
 
 import jax
 
+from jaxckpt._plan import StackPlan
 from jaxckpt._setting import Setting
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis.stages import Piece
 from jaxckpt.engine import check
 from jaxckpt.engine.cutting import cut
 from jaxckpt.engine.offload import guard_offload, loop_that_offloads
+from jaxckpt.engine.once import not_differentiated
 from jaxckpt.engine.pieces import crossing_bytes, in_pieces
-from jaxckpt.engine.run import resolve
+from jaxckpt.engine.planned import observed, pinned, under_plan
+from jaxckpt.engine.run import Run, resolve
 from jaxckpt.policies.grammar import JaxPolicy
 
 # What crosses the cuts is kept where it is less than this part of the inputs, which are kept anyway: for a head's loss of
@@ -26,10 +29,38 @@ def run_under(setting: Setting, closed: Any, arrays: list[Any], names: check.Nam
     Raises:
         ValueError: side effects; or a policy or stages name tags that are not there.
     """
+    setting, planned = under_plan(setting)
+    refusal = None
+    if isinstance(planned, StackPlan):
+        setting, refusal = pinned(setting, planned, closed, (), 1, names)
     check.effects(closed, setting, names, instead="Return the value instead")
-    closed, keep, _ = resolve(setting, closed, names)
+    run = _resolved(setting, closed, arrays, names)
+    if isinstance(setting.plan, str) and (see := observed.get()) is not None:
+        see(run)
+    out = checkpointed(run.closed, run.keep, arrays, run.pieces)
+    return out if refusal is None else [not_differentiated(leaf, refusal) for leaf in out]
+
+
+def _resolved(setting: Setting, closed: Any, arrays: list[Any], names: check.Names) -> Run:
+    """The function under its knobs, as a stack of one block without parameters and carry."""
+    closed, keep, chosen = resolve(setting, closed, names)
     closed, pieces = cut(setting, closed, (), names, keep)
-    return checkpointed(closed, keep, arrays, pieces)
+    return Run(
+        setting=setting,
+        length=1,
+        names=names,
+        closed=closed,
+        pieces=pieces,
+        keep=keep,
+        chosen=chosen,
+        carry_to_host=keep,
+        moving=[],
+        computed=list(range(len(closed.out_avals))),
+        own={},
+        leaves=([], [], arrays),
+        carry_names=[],
+        is_stack=False,
+    )
 
 
 def checkpointed(closed: Any, keep: JaxPolicy, arrays: list[Any], pieces: Sequence[Piece] = ()) -> list[Any]:
@@ -38,6 +69,12 @@ def checkpointed(closed: Any, keep: JaxPolicy, arrays: list[Any], pieces: Sequen
     guarded = guard_offload(keep, loop_that_offloads(closed.jaxpr, keep) is not None)
     run = in_pieces(closed, pieces, guarded.keep) if pieces else jx.as_function(closed)
     # It is straight-line code: without the barrier XLA would merge the re-run with the forward pass.
-    if not pieces or crossing_bytes(closed.jaxpr, pieces) > _HARDLY_MORE * sum(jx.nbytes(jax.typeof(x)) for x in arrays):
+    if is_run_again(closed, pieces, arrays):
         run = jax.checkpoint(run, policy=guarded.keep, prevent_cse=True)
     return guarded.mark(run(*guarded.mark(arrays)))
+
+
+def is_run_again(closed: Any, pieces: Sequence[Piece], arrays: Sequence[Any]) -> bool:
+    """Whether what crosses the cuts is made again, and not kept."""
+    inputs = sum(jx.nbytes(jax.typeof(x)) for x in arrays)
+    return not pieces or crossing_bytes(closed.jaxpr, pieces) > _HARDLY_MORE * inputs

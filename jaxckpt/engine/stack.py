@@ -6,22 +6,19 @@ code is entered once per call of the stack (again where Python numbers in the ca
 call is jitted and already compiled.
 """
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax
 
 from jaxckpt._leaves import stacked_length
-from jaxckpt._plan import Knobs, StackPlan, active, under
+from jaxckpt._plan import Knobs, StackPlan
 from jaxckpt._setting import Setting, check_blocks_per_ckpt, check_snapshots, with_knobs
-from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.engine import check, refs
 from jaxckpt.engine.cutting import cut
 from jaxckpt.engine.once import not_differentiated
-from jaxckpt.engine.run import Run, resolve, resolved
+from jaxckpt.engine.planned import by_itself, observed, pinned, under_plan
+from jaxckpt.engine.run import resolve, resolved
 from jaxckpt.engine.trace import Block, Traced, trace_block
 
 
@@ -56,13 +53,13 @@ def run_stack(
     Raises:
         TypeError, ValueError: see `jaxckpt.engine.check`.
     """
-    setting, planned = _planned(setting, initializes)
+    setting, planned = under_plan(setting, initializes)
     _check_given(setting, planned, length, xs, carry, shared, names)
-    with _by_itself():
+    with by_itself():
         traced = trace_block(block, setting, xs, carry, shared, names)
     refusal = None
     if isinstance(planned, StackPlan):
-        setting, refusal = _pinned(setting, planned, traced, length, names)
+        setting, refusal = pinned(setting, planned, traced.closed, traced.carry, length, names)
     check.effects(traced.closed, setting, names)
     if initializes:
         setting = _for_init(setting, traced, names)
@@ -74,23 +71,6 @@ def run_stack(
         last, ys = ([not_differentiated(leaf, refusal) for leaf in leaves] for leaves in (last, ys))
     aux, extra = jax.tree.unflatten(traced.rest_tree, run.rest(ys))
     return Stacked(jax.tree.unflatten(traced.carry_tree, last), aux, extra)
-
-
-def _planned(setting: Setting, initializes: bool) -> tuple[Setting, StackPlan | Knobs | None]:
-    """The setting under the plan that is active for the stack, and that plan."""
-    if initializes and setting.plan is not None:  # which is for a stack that has its parameters
-        setting = _by_default(setting)
-    if not isinstance(setting.plan, str):
-        return setting, setting.plan
-    planned = active(setting.plan)
-    if planned is not None:
-        setting = with_knobs(setting, planned.knobs if isinstance(planned, StackPlan) else planned)
-    return setting, planned
-
-
-def _by_default(setting: Setting) -> Setting:
-    """`setting` with default knobs in place of a plan's."""
-    return dataclasses.replace(with_knobs(setting, Knobs()), plan=None)
 
 
 def _check_given(
@@ -112,38 +92,6 @@ def _check_given(
     refs.check_given(names.block, [*of_carry, *shared.items(), ("the stacked parameters", xs)])
     check.carry_given(carry, names)
     check.layers_whole(xs, names)
-
-
-@contextlib.contextmanager
-def _by_itself() -> Iterator[None]:
-    """Stacks inside the block are no part of a plan for this one, and are not looked at with it."""
-    token = observed.set(None)
-    try:
-        with under({}):
-            yield
-    finally:
-        observed.reset(token)
-
-
-def _pinned(
-    setting: Setting, planned: StackPlan, traced: Traced, length: int, names: check.Names
-) -> tuple[Setting, ValueError | None]:
-    """The setting of a pinned plan; where it is for another stack, default knobs, and why nothing may be differentiated."""
-    refusal = planned.refusal(block=names.block, **described(traced.closed, traced.carry, length))
-    if refusal is None:
-        return setting, None
-    if observed.get() is not None:  # by those who look at what is kept for derivatives
-        raise refusal
-    return _by_default(setting), refusal
-
-
-def described(closed: Any, carry: Sequence[Any], length: int) -> dict[str, Any]:
-    """What a plan remembers of a stack beside the block's name."""
-    return {"length": length, "carry": check.shape_of(tuple(carry)), "program": jx.digest(closed)}
-
-
-# Where a function is set, it is called with each run of a stack, while that is traced; with runs inside a block it is not.
-observed: ContextVar[Callable[[Run], None] | None] = ContextVar("observed", default=None)
 
 
 def per_block_of(

@@ -27,9 +27,9 @@ from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis.cost import Cost, cost
 from jaxckpt.analysis.stages import share_before_last
 from jaxckpt.analysis.tradeoff import tradeoff_of
+from jaxckpt.engine.planned import observed
 from jaxckpt.engine.run import Run
 from jaxckpt.engine.schedule import whole_runs
-from jaxckpt.engine.stack import observed
 from jaxckpt.memory import targets
 from jaxckpt.memory.slices import SlicedPiece, sliced_pieces
 from jaxckpt.policies.grammar import everything
@@ -428,7 +428,7 @@ def _the_run(stack: Any, args: tuple, keywords: dict[str, Any]) -> Run:
         fn(*args, **keywords)
 
     seen: list[Run] = []
-    observe(call, arrays, seen.append)
+    observe(call, arrays, lambda run: seen.append(run) if run.is_stack else None)
     if not seen:
         name = getattr(stack, "__name__", type(stack).__name__)
         raise TypeError(f"{name} ran no stack that checkpoint_scan made, so there is nothing to explain")

@@ -31,10 +31,11 @@ from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis.cost import is_dear, step_seconds
 from jaxckpt.analysis.stages import Piece, share_before_last
 from jaxckpt.analysis.tradeoff import Choice, Tradeoff, tradeoff_of
+from jaxckpt.engine import single
 from jaxckpt.engine.cutting import pieces_of
+from jaxckpt.engine.planned import described
 from jaxckpt.engine.run import Run
 from jaxckpt.engine.schedule import whole_runs
-from jaxckpt.engine.stack import described
 from jaxckpt.memory.targets import Target
 
 _START = 4e-6  # seconds between kernels of a loop on a GPU, as published for H100: 2 to 6
@@ -117,9 +118,11 @@ class Stack:
 
     Attributes:
         run: as it was found in the step, under default knobs, with types in place of values.
-        described: see `jaxckpt.engine.stack.described`.
+        described: see `jaxckpt.engine.planned.described`.
         trade: what one block can keep.
         can_be_alone: whether the stack can be compiled without the rest of the step, for one device.
+
+    What `jaxckpt.checkpoint(plan="auto:NAME")` was given is a stack of one block, with fewer options.
     """
 
     def __init__(self, run: Run, rates: Any):
@@ -132,7 +135,7 @@ class Stack:
         self.cuts: dict[str | None, Cut] = {} if jx.effects(run.closed) else self._cuts(run, run.closed, ("stages", "tiles"))
         self.cuts_where_kept = {} if jx.effects(run.closed) else self._cuts(run, merged, ("stages",))
         is_batched = any(jx.is_batched(leaf) for part in run.leaves for leaf in part)
-        self.can_be_alone = not is_batched and not jx.collective_axes(run.closed)
+        self.can_be_alone = run.is_stack and not is_batched and not jx.collective_axes(run.closed)
         xs, carried, arrays = [[_type(leaf) for leaf in part] for part in run.leaves]
         constants = [_type(value) if isinstance(value, Tracer) else value for value in run.closed.consts]
         self.run = replace(run, closed=jx.closed(run.closed.jaxpr, constants), leaves=(xs, carried, arrays))
@@ -145,7 +148,8 @@ class Stack:
             flat, pieces = pieces_of(closed, carried, "auto", "auto" if name == "tiles" else None)
             if any(piece.tiles for piece in pieces) if name == "tiles" else len(pieces) > 1:
                 longer = sum(_slicing_seconds(flat.jaxpr, piece, self.rates) for piece in pieces)
-                share = share_before_last(flat.jaxpr, pieces, self.rates)
+                is_run_again = run.is_stack or single.is_run_again(flat, pieces, run.leaves[2])
+                share = share_before_last(flat.jaxpr, pieces, self.rates) if is_run_again else 0.0
                 found[name] = Cut(max(piece.bytes for piece in pieces) + 2 * self.carry_bytes, longer, share)
         return found
 
@@ -208,6 +212,9 @@ class Stack:
         length, choices = self.run.length, self.trade.choices
         nothing = self._kept_none()
         yield self.everything()
+        if not self.run.is_stack:  # a choice of values for one block would save little, and multiply what is combined
+            yield from (self._option(Knobs(**cut), nothing) for cut in ({}, *({name: "auto"} for name in self.cuts)))
+            return
         cuts = [{"stages": None}, *({name: "auto"} for name in self.cuts)]
         chunks = sorted({k for k in range(2, length) if length % k == 0 or k in (2, 3, 4, 6, 8, 12)})
         for cut, choice in itertools.product(cuts, (nothing, *choices[1:])):

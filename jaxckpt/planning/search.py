@@ -26,8 +26,8 @@ from jaxckpt._setting import is_integer
 from jaxckpt._sizes import size_of, size_text
 from jaxckpt.analysis import flow
 from jaxckpt.analysis import jaxpr as jx
+from jaxckpt.engine.planned import described
 from jaxckpt.engine.run import Run
-from jaxckpt.engine.stack import described
 from jaxckpt.flax.steps import holds_objects, objects_are_arguments, split_objects, with_objects
 from jaxckpt.memory import targets
 from jaxckpt.memory.calibrate import calibrate as calibrated

@@ -1,0 +1,61 @@
+"""What a plan says of a stack, or of what `checkpoint` is given, when it is run; and who looks on for one."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+from jaxckpt._plan import Knobs, StackPlan, active, under
+from jaxckpt._setting import Setting, with_knobs
+from jaxckpt.analysis import jaxpr as jx
+from jaxckpt.engine import check
+from jaxckpt.engine.run import Run
+
+# Where a function is set, it is called with each run of a stack, while that is traced; with runs inside a block it is not.
+observed: ContextVar[Callable[[Run], None] | None] = ContextVar("observed", default=None)
+
+
+def under_plan(setting: Setting, initializes: bool = False) -> tuple[Setting, StackPlan | Knobs | None]:
+    """The setting under the plan that is active for the stack, and that plan."""
+    if initializes and setting.plan is not None:  # which is for a stack that has its parameters
+        setting = by_default(setting)
+    if not isinstance(setting.plan, str):
+        return setting, setting.plan
+    planned = active(setting.plan)
+    if planned is not None:
+        setting = with_knobs(setting, planned.knobs if isinstance(planned, StackPlan) else planned)
+    return setting, planned
+
+
+def by_default(setting: Setting) -> Setting:
+    """`setting` with default knobs in place of a plan's."""
+    return dataclasses.replace(with_knobs(setting, Knobs()), plan=None)
+
+
+def pinned(
+    setting: Setting, planned: StackPlan, closed: Any, carry: Sequence[Any], length: int, names: check.Names
+) -> tuple[Setting, ValueError | None]:
+    """The setting of a pinned plan; where it is for another stack, default knobs, and why nothing may be differentiated."""
+    refusal = planned.refusal(block=names.block, **described(closed, carry, length))
+    if refusal is None:
+        return setting, None
+    if observed.get() is not None:  # by those who look at what is kept for derivatives
+        raise refusal
+    return by_default(setting), refusal
+
+
+def described(closed: Any, carry: Sequence[Any], length: int) -> dict[str, Any]:
+    """What a plan remembers of a stack beside the block's name."""
+    return {"length": length, "carry": check.shape_of(tuple(carry)), "program": jx.digest(closed)}
+
+
+@contextlib.contextmanager
+def by_itself() -> Iterator[None]:
+    """Stacks inside the block are no part of a plan for this one, and are not looked at with it."""
+    token = observed.set(None)
+    try:
+        with under({}):
+            yield
+    finally:
+        observed.reset(token)

@@ -1,0 +1,161 @@
+"""Plans of what `checkpoint` is given, a head with its loss above all, beside the stacks of a step."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import nnx
+
+from jaxckpt import Plan, checkpoint, checkpoint_scan, explain, plan, targets
+from jaxckpt._plan import Knobs, under
+from jaxckpt.analysis import tiles as of_tiles
+from jaxckpt.planning.search import _stacks
+from tests.support import random_like, relative_error
+
+N, TOKENS, WIDTH, WORDS = 3, 64, 16, 2048
+LABELS = (jnp.arange(TOKENS) * 7) % WORDS
+W, KERNEL, X = random_like((jnp.zeros((N, WIDTH, WIDTH)), jnp.zeros((WIDTH, WORDS)), jnp.zeros((TOKENS, WIDTH))))
+OF_HEAD = [
+    Knobs(policy="everything"),
+    Knobs(),
+    Knobs(stages="auto"),
+    Knobs(tiles="auto"),
+]
+
+
+@pytest.fixture(autouse=True)
+def small_slices(monkeypatch):
+    monkeypatch.setattr(of_tiles, "LEAST_ENTRIES", 256)
+
+
+def loss_of(kernel, x):
+    hidden = jnp.tanh(jnp.sin(x @ kernel[:, :512]))
+    x = x + hidden @ kernel[:, :512].T
+    return optax.softmax_cross_entropy_with_integer_labels(x @ kernel, LABELS).mean()
+
+
+class Head(nn.Module):
+    @nn.compact
+    def __call__(self, kernel, x):
+        return loss_of(kernel, x) + self.param("bias", nn.initializers.ones, ()) * 0
+
+
+class NnxHead(nnx.Module):
+    def __init__(self):
+        self.bias = nnx.Param(jnp.ones(()))
+
+    def __call__(self, kernel, x):
+        return loss_of(kernel, x) + self.bias[...] * 0
+
+
+def of_linen(head):
+    return lambda kernel, x: head.apply({"params": {"bias": jnp.ones(())}}, kernel, x)
+
+
+HEADS = {
+    "function": lambda **knobs: checkpoint(loss_of, **knobs),
+    "Linen class": lambda **knobs: of_linen(checkpoint(Head, **knobs)()),
+    "Linen instance": lambda **knobs: of_linen(checkpoint(Head(), **knobs)),
+    "NNX class": lambda **knobs: checkpoint(NnxHead, **knobs)(),
+    "NNX module": lambda **knobs: checkpoint(NnxHead(), **knobs),
+}
+
+
+def block(w, x):
+    return x + jnp.tanh(x @ w)
+
+
+def step_of(head, **knobs):
+    stack = checkpoint_scan(block, **knobs)
+    return jax.value_and_grad(lambda w, kernel: head(kernel, stack(w, X)), argnums=(0, 1))
+
+
+WANT = jax.jit(step_of(loss_of))(W, KERNEL)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_head_is_planned_with_the_stack(kind, tmp_path):
+    step = step_of(HEADS[kind](plan="auto:head"), plan="auto:blocks")
+    most = plan(step, W, KERNEL, budget="1GiB", target="cpu", progress=False)
+    assert most["head"].knobs.pieces is None
+    found = plan(step, W, KERNEL, objective="memory", target="cpu", progress=False)
+    assert list(found.stacks) == ["blocks", "head"] and found["head"].length == 1
+    assert found["head"].knobs == Knobs(tiles="auto") and found.peak_bytes < most.peak_bytes
+    assert "(1 block): nothing, tiles=auto" in str(found) and "(3 blocks)" in str(found)
+    found.save(tmp_path / "plan.json")
+    pinned = step_of(HEADS[kind](plan=f"{tmp_path / 'plan.json'}:head"), plan=f"{tmp_path / 'plan.json'}:blocks")
+    for run in (found.around(step), pinned, Plan.load(tmp_path / "plan.json").around(step), step):
+        assert relative_error(jax.jit(run)(W, KERNEL), WANT) < 1e-5
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("knobs", OF_HEAD, ids=str)
+def test_gradients_under_what_a_plan_may_say(kind, knobs):
+    head = HEADS[kind](plan="auto:head")
+    with under({"head": knobs}):
+        got = jax.jit(step_of(head))(W, KERNEL)
+    assert relative_error(got, WANT) < 1e-5
+
+
+def test_a_head_without_a_stack():
+    step = jax.grad(checkpoint(loss_of, plan="auto"))
+    found = plan(step, KERNEL, X, objective="memory", target="cpu", progress=False)
+    assert found[""].knobs == Knobs(tiles="auto") and found[""].block == "loss_of"
+
+
+def test_forward_runs_of_a_head():
+    def simple(kernel, x):
+        return optax.softmax_cross_entropy_with_integer_labels(x @ kernel, LABELS).mean()
+
+    def runs(fn):
+        found, _, _ = _stacks(jax.grad(checkpoint(fn, plan="auto")), (KERNEL, X), targets.get("h200").gpu)
+        return {str(option.knobs): option.forward_runs for option in found[""]._all(may_offload=True)}
+
+    found = runs(simple)  # where the loss of each token crosses the one cut, and is kept
+    assert list(found) == ["everything, scan", "nothing, scan", "nothing, tiles=auto, scan"]
+    assert found["everything, scan"] == 1 and 1.5 < found["nothing, scan"] <= 2
+    assert found["nothing, tiles=auto, scan"] == pytest.approx(found["nothing, scan"])
+    found = runs(loss_of)  # where much does
+    assert found["nothing, tiles=auto, scan"] > found["nothing, scan"] + 0.2
+
+
+def test_without_a_plan_it_is_what_checkpoint_makes():
+    program = lambda head: str(jax.make_jaxpr(jax.grad(head))(KERNEL, X))  # noqa: E731
+    assert program(checkpoint(loss_of, plan="auto:head")) == program(checkpoint(loss_of))
+
+
+def test_a_plan_for_another_head_runs_without_derivatives_only():
+    found = plan(jax.grad(checkpoint(loss_of, plan="auto")), KERNEL, X, budget="1GiB", target="cpu", progress=False)
+    head = checkpoint(loss_of, plan=found)
+    assert relative_error(head(KERNEL, X[:32].repeat(2, 0)), loss_of(KERNEL, X[:32].repeat(2, 0))) < 1e-6
+    other = checkpoint(lambda kernel, x: 2 * loss_of(kernel, x), plan=found)
+    assert other(KERNEL, X) == 2 * loss_of(KERNEL, X)
+    with pytest.raises(ValueError, match="the plan is for another stack: .*its block is .*, and the plan is for loss_of"):
+        jax.grad(other)(KERNEL, X)
+
+
+def test_a_stack_is_explained_beside_a_planned_head():
+    stack = checkpoint_scan(block, plan="auto:blocks")
+    head = checkpoint(loss_of, plan="auto:head")
+    assert explain(lambda w, kernel: head(kernel, stack(w, X)), W, KERNEL).block == "block"
+
+
+def test_a_head_inside_of_a_block_is_no_part_of_the_plan():
+    inner = checkpoint(lambda w, x: jnp.tanh(x @ w), plan="auto:inner")
+    stack = checkpoint_scan(lambda w, x: x + inner(w, x), plan="auto:blocks")
+    step = jax.grad(lambda w: stack(w, X).sum())
+    assert list(plan(step, W, budget="1GiB", target="cpu", progress=False).stacks) == ["blocks"]
+
+
+def test_bad_input():
+    for knobs in ({"tiles": 2}, {"stages": "auto"}, {"policy": "dots"}):
+        with pytest.raises(ValueError, match="plan='auto' sets all knobs, and .* is given beside it"):
+            checkpoint(loss_of, plan="auto", **knobs)
+    with pytest.raises(TypeError, match="plan must be 'auto', 'auto:NAME', a plan"):
+        checkpoint(loss_of, plan=3)
+    with pytest.raises(FileNotFoundError, match="is no file: write 'auto', 'auto:NAME'"):
+        checkpoint(loss_of, plan="nowhere.json")
+    step = step_of(checkpoint(loss_of, plan="auto"), plan="auto")
+    with pytest.raises(ValueError, match="two stacks are built with plan='auto', 3 x block and 1 x loss_of"):
+        plan(step, W, KERNEL, budget="1GiB", target="cpu", progress=False)
