@@ -11,6 +11,7 @@ from jaxckpt._scan import checkpoint_scan as checkpoint_scan
 from jaxckpt.memory import targets as targets
 from jaxckpt.memory.explain import explain as explain
 from jaxckpt.memory.measure import measure as measure
+from jaxckpt.planning.batch import largest_batch as largest_batch
 from jaxckpt.planning.search import plan as plan
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "checkpoint_blocks",
     "checkpoint_scan",
     "explain",
+    "largest_batch",
     "measure",
     "plan",
     "policies",

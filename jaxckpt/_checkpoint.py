@@ -61,8 +61,8 @@ def checkpoint(
     >>> jax.grad(head)(kernel, x, labels).shape
     (8, 1000)
     """
-    policy = None if plan is not None and policy == "nothing" else policy
-    setting = make_setting(None, None, policy, False, (), 1, stages, tiles=tiles, plan=plan)
+    given = None if plan is not None and policy == "nothing" else policy
+    setting = make_setting(None, None, given, False, (), 1, stages, tiles=tiles, plan=plan)
     if isinstance(fn, type) and issubclass(fn, nn.Module):
         return single.linen_class(fn, setting)
     if isinstance(fn, nn.Module) and fn.scope is None:

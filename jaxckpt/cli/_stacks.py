@@ -28,8 +28,8 @@ class Call(NamedTuple):
     keywords: dict[str, Any]
 
 
-def _transformer(tokens: int) -> tuple[Any, list[tuple[int, ...]]]:
-    return partial(TransformerBlock, d_model=1024, num_heads=8, d_ff=4096), [(8, tokens, 1024)]
+def _transformer(tokens: int, batch: int = 8) -> tuple[Any, list[tuple[int, ...]]]:
+    return partial(TransformerBlock, d_model=1024, num_heads=8, d_ff=4096), [(batch, tokens, 1024)]
 
 
 def _pairformer(tokens: int) -> tuple[Any, list[tuple[int, ...]]]:
@@ -41,7 +41,7 @@ def _evoformer(tokens: int) -> tuple[Any, list[tuple[int, ...]]]:
 
 
 # With the sizes of the papers: 8 sequences of the transformer, 128 of the Evoformer's alignment.
-MODELS: dict[str, Callable[[int], tuple[Any, list[tuple[int, ...]]]]] = {
+MODELS: dict[str, Callable[..., tuple[Any, list[tuple[int, ...]]]]] = {
     "transformer": _transformer,
     "pairformer": _pairformer,
     "evoformer": _evoformer,
@@ -101,8 +101,8 @@ def _number_or_none(text: str, wrong: str) -> int | None:
     return int(text)
 
 
-def chosen_stack(options: argparse.Namespace, **knobs: Any) -> Call:
-    """The stack that the options name, with these knobs of `checkpoint_scan`.
+def chosen_stack(options: argparse.Namespace, batch: int | None = None, **knobs: Any) -> Call:
+    """The stack that the options name, with these knobs of `checkpoint_scan`; the transformer for a batch of that size.
 
     Raises:
         ValueError: a knob out of range, or `--stack` does not lead to a function.
@@ -111,7 +111,7 @@ def chosen_stack(options: argparse.Namespace, **knobs: Any) -> Call:
     if options.stack is not None:
         refuse_sizes(options, "--stack")
         return _of_user(options.stack, knobs)
-    block, shapes = MODELS[options.model](options.tokens or TOKENS)
+    block, shapes = MODELS[options.model](options.tokens or TOKENS, *([] if batch is None else [batch]))
     stack = checkpoint_scan(block, options.blocks or BLOCKS, **knobs)(dtype=jnp.bfloat16)
     carry = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
     return Call(stack, (jax.eval_shape(stack.init, jax.random.key(0), *carry), *carry), {})
@@ -147,7 +147,7 @@ def imported(where: str, option: str) -> Callable[..., Any]:
     return make
 
 
-def made_by(where: str, option: str, **knobs: Any) -> Any:
+def made_by(where: str, option: str, *args: Any, **knobs: Any) -> Any:
     """What the user's function returns.
 
     Raises:
@@ -155,7 +155,7 @@ def made_by(where: str, option: str, **knobs: Any) -> Any:
     """
     make = imported(where, option)
     try:
-        return make(**knobs)
+        return make(*args, **knobs)
     except Exception as error:
         raise ValueError(f"{option} {where} raised {_said(error)}") from error
 

@@ -12,9 +12,10 @@ from jaxckpt import plan
 from jaxckpt._plan import Plan
 from jaxckpt.cli._errors import EXPECTED, fail
 from jaxckpt.cli._stacks import add_stack_options, chosen_stack, made_by, positive, refuse_sizes
-from jaxckpt.cli.plots import Point, check_plot, draw_memory_against_runs
+from jaxckpt.cli.plots import Point, check_plot, draw_batches, draw_memory_against_runs
 from jaxckpt.cli.report import gradient
 from jaxckpt.memory import targets
+from jaxckpt.planning.batch import PLANS, Batches, batches
 from jaxckpt.planning.rounds import COMPILATIONS
 
 
@@ -40,8 +41,21 @@ def add_parser(commands: Any) -> None:
         default=COMPILATIONS,
         help="of the whole step, at most (default: %(default)s); the plan says what they left untried",
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="save the plan, for checkpoint_scan(..., plan=FILE)")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw what was compiled (.svg, .png or .pdf)")
+    parser.add_argument(
+        "--batch",
+        type=positive,
+        nargs="+",
+        metavar="SIZE",
+        help="the largest of these batches that fits, and the throughput that the time model expects of some; of --model "
+        "transformer, or of --step, whose MAKE(SIZE) is called then",
+    )
+    parser.add_argument(
+        "--plans", type=positive, help=f"that are made for --batch, at most (default: {PLANS}), each as long as without"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="save the plan (of the largest batch), for checkpoint_scan(..., plan=FILE)"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw what was compiled, or batches (.svg, .png or .pdf)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     parser.set_defaults(run=run)
 
@@ -55,17 +69,37 @@ def run(options: argparse.Namespace) -> int:
             raise ValueError(f"--out {options.out}: {wrong}; write the path of a file, such as plan.json")
         if options.time:
             _check_time(options)
-        step, args = _step(options)
-        knobs = ("budget", "target", "objective", "time", "calibrate", "compilations")
-        found = plan(step, *args, **{name: getattr(options, name) for name in knobs})
+        if options.plans and not options.batch:
+            raise ValueError("--plans is of --batch, which lists the sizes that a batch may have")
+        found = _planned(options) if options.batch is None else _batches(options)
+        chosen = found if isinstance(found, Plan) else found[found.largest.size]
         if options.out is not None:  # files first: whoever reads the table may not read on
-            found.save(options.out)
+            chosen.save(options.out)
         if options.plot is not None:
-            _draw(options.plot, found)
+            _draw(options.plot, found) if isinstance(found, Plan) else draw_batches(options.plot, _title(chosen), found)
     except EXPECTED as error:
         return fail("plan", error)
     print(json.dumps(found.to_json(), indent=1) if options.json else found)
     return 0
+
+
+def _planned(options: argparse.Namespace) -> Plan:
+    step, args = _step(options)
+    knobs = ("budget", "target", "objective", "time", "calibrate", "compilations")
+    return plan(step, *args, **{name: getattr(options, name) for name in knobs})
+
+
+def _batches(options: argparse.Namespace) -> Batches:
+    for name in ("time", "calibrate"):
+        if getattr(options, name):
+            raise ValueError(f"--{name} looks at one batch, and --batch at several: leave one of them away")
+    if options.objective == "memory":
+        raise ValueError("--batch makes plans for time, and --objective memory is of one batch: leave one of them away")
+    if options.step is None and options.model != "transformer":
+        raise ValueError(f"--batch: a {options.model} of ours has no batch; take --model transformer, or --step")
+    knobs = ("budget", "target", "compilations")
+    how = {name: getattr(options, name) for name in knobs}
+    return batches(lambda size: _step(options, size), options.batch, options.plans or PLANS, **how)
 
 
 def _check_time(options: argparse.Namespace) -> None:
@@ -76,12 +110,12 @@ def _check_time(options: argparse.Namespace) -> None:
         raise ValueError("--time chooses the fastest, and --objective memory the least memory: leave one of them away")
 
 
-def _step(options: argparse.Namespace) -> tuple[Any, tuple[Any, ...]]:
+def _step(options: argparse.Namespace, batch: int | None = None) -> tuple[Any, tuple[Any, ...]]:
     if options.step is None:
-        fn, *args = gradient(chosen_stack(options, plan="auto"))
+        fn, *args = gradient(chosen_stack(options, batch, plan="auto"))
         return fn, _arrays(tuple(args), options.target) if options.time else tuple(args)
     refuse_sizes(options, "--step")
-    made = made_by(options.step, "--step")
+    made = made_by(options.step, "--step", *([] if batch is None else [batch]))
     if not isinstance(made, tuple) or len(made) != 2 or not callable(made[0]) or not isinstance(made[1], tuple):
         raise TypeError(
             f"{options.step} must return (step, args), args a tuple of what the step is called with; got {made!r:.200}"
@@ -97,8 +131,12 @@ def _arrays(shapes: Any, target: str) -> Any:
         return jax.tree.map(lambda shape: jnp.full(shape.shape, 0.01, shape.dtype), shapes)
 
 
+def _title(found: Plan) -> str:
+    return f"{', '.join(f'{s.length} x {s.block}' for s in found.stacks.values())}, JAX {found.jax_version}"
+
+
 def _draw(path: Path, found: Plan) -> None:
     """What was compiled, and the budget."""
     points = [Point(c.forward_runs, c.peak_bytes, c.setting) for c in found.candidates if c.peak_bytes is not None]
-    title = f"{', '.join(f'{s.length} x {s.block}' for s in found.stacks.values())}, JAX {found.jax_version}"
+    title = _title(found)
     draw_memory_against_runs(path, title, {found.target: points}, {found.target: found.budget_bytes or 0}, "budget")

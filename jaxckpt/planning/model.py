@@ -213,7 +213,8 @@ class Stack:
         nothing = self._kept_none()
         yield self.everything()
         if not self.run.is_stack:  # a choice of values for one block would save little, and multiply what is combined
-            yield from (self._option(Knobs(**cut), nothing) for cut in ({}, *({name: "auto"} for name in self.cuts)))
+            found = [Knobs(), *(Knobs(stages="auto") if name == "stages" else Knobs(tiles="auto") for name in self.cuts)]
+            yield from (self._option(knobs, nothing) for knobs in found)
             return
         cuts = [{"stages": None}, *({name: "auto"} for name in self.cuts)]
         chunks = sorted({k for k in range(2, length) if length % k == 0 or k in (2, 3, 4, 6, 8, 12)})

@@ -45,6 +45,14 @@ _WIDEST = 60_000  # combinations of a few stacks that are looked at
 _FEW = 3
 
 
+class TooLittle(ValueError):
+    """The budget is less than the least that is possible, `least_bytes`."""
+
+    def __init__(self, message: str, least_bytes: int):
+        super().__init__(message)
+        self.least_bytes = least_bytes
+
+
 # By step, and by what else the compiler is told.
 _answers: WeakKeyDictionary[Any, dict[Any, "_Answers"]] = WeakKeyDictionary()
 
@@ -122,7 +130,7 @@ def plan(
             left = compilations - len(search.seen)
             chosen = rounds.least(combinations, fixed, search, left, search.known)
             if search.seen[chosen].peak_bytes > limit:
-                raise ValueError(_too_little(limit, search, fixed, chosen))
+                raise TooLittle(_too_little(limit, search, fixed, chosen), search.seen[chosen].peak_bytes)
         measured: dict[Combination, float] = {}
         if time:
             measured = search.timed(limit, *how)

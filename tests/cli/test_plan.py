@@ -15,6 +15,10 @@ def make():
     step = jax.grad(lambda w, x: jnp.sum(stack(w, x)))
     return step, (jax.ShapeDtypeStruct((6, 32, 32), "float32"), jax.ShapeDtypeStruct((256, 32), "float32"))
 
+def of_batch(size):
+    step, (w, _) = make()
+    return step, (w, jax.ShapeDtypeStruct((size, 32), "float32"))
+
 def no_step():
     return 3
 """
@@ -67,6 +71,12 @@ def test_a_model_as_json(capsys):
             "--time runs the step, and --target h200 is only described: take --target attached",
         ),
         (["--time", "--objective", "memory"], "--time chooses the fastest, and --objective memory the least memory"),
+        (["--plans", "3"], "--plans is of --batch, which lists the sizes"),
+        (["--batch", "8", "--model", "pairformer"], "--batch: a pairformer of ours has no batch"),
+        (["--batch", "8", "--objective", "memory"], "--batch makes plans for time, and --objective memory is of one batch"),
+        (["--batch", "8", "--calibrate"], "--calibrate looks at one batch, and --batch at several"),
+        (["--step", "mine:of_batch", "--batch", "64", "--budget", "1KiB"], "That is for a batch of 64"),
+        (["--step", "mine:make", "--batch", "64", "--budget", "1MiB"], "--step mine:make raised TypeError: make() takes 0"),
         (["--calibrate", "--target", "h200"], "calibrating measures a device, and 'h200' is only described; take --target"),
     ],
     ids=lambda value: str(value)[:30],
@@ -74,6 +84,25 @@ def test_a_model_as_json(capsys):
 def test_bad_input(capsys, folder, arguments, said):
     code, out, err = run(capsys, *arguments)
     assert code == 2 and said in err and out == ""
+
+
+def test_the_largest_batch(capsys, folder):
+    arguments = ["--step", "mine:of_batch", "--batch", "64", "256", "1024", "99999", "--budget", "2MiB"]
+    code, out, _ = run(capsys, *arguments, "--out", "plan.json", "--plot", "batches.svg")
+    assert code == 0 and "a batch of 1024 in 2.0 MiB on cpu" in out and "does not fit" in out
+    assert "batch" in (folder / "batches.svg").read_text()
+    code, out, _ = run(capsys, *arguments, "--json", "--plans", "2")
+    told = json.loads(out)
+    assert code == 0 and told["largest"] == 1024 and len(told["tried"]) == 2
+    planned = next(row for row in told["tried"] if row["size"] == 1024)["plan"]
+    assert json.loads((folder / "plan.json").read_text())["stacks"] == planned["stacks"]
+
+
+def test_a_batch_of_our_transformer(capsys, monkeypatch):
+    small = functools.partial(TransformerBlock, d_model=8, num_heads=2, d_ff=16)
+    monkeypatch.setitem(_stacks.MODELS, "transformer", lambda tokens, batch=2: (small, [(batch, tokens, 8)]))
+    code, out, _ = run(capsys, "--blocks", "2", "--tokens", "8", "--budget", "8MiB", "--batch", "2", "4", "--json")
+    assert code == 0 and json.loads(out)["largest"] == 4
 
 
 def test_a_model_that_is_run(capsys, monkeypatch):

@@ -131,7 +131,7 @@ def test_a_plan_for_another_head_runs_without_derivatives_only():
     assert relative_error(head(KERNEL, X[:32].repeat(2, 0)), loss_of(KERNEL, X[:32].repeat(2, 0))) < 1e-6
     other = checkpoint(lambda kernel, x: 2 * loss_of(kernel, x), plan=found)
     assert other(KERNEL, X) == 2 * loss_of(KERNEL, X)
-    with pytest.raises(ValueError, match="the plan is for another stack: .*its block is .*, and the plan is for loss_of"):
+    with pytest.raises(ValueError, match=r"the plan is for another stack: .*its block is .*, and the plan is for loss_of"):
         jax.grad(other)(KERNEL, X)
 
 
@@ -150,7 +150,7 @@ def test_a_head_inside_of_a_block_is_no_part_of_the_plan():
 
 def test_bad_input():
     for knobs in ({"tiles": 2}, {"stages": "auto"}, {"policy": "dots"}):
-        with pytest.raises(ValueError, match="plan='auto' sets all knobs, and .* is given beside it"):
+        with pytest.raises(ValueError, match=r"plan='auto' sets all knobs, and .* is given beside it"):
             checkpoint(loss_of, plan="auto", **knobs)
     with pytest.raises(TypeError, match="plan must be 'auto', 'auto:NAME', a plan"):
         checkpoint(loss_of, plan=3)

@@ -1,0 +1,292 @@
+"""`largest_batch`: how large a batch fits into a budget of memory, and what throughput the time model expects of each.
+
+Whether a size fits is asked of `plan`, which takes up to a minute, so that only a few sizes are: the largest that fits is
+found by bisection, since what fits with more examples fits with fewer, and the plans that are left go to sizes below it, the
+one that is farthest from those tried first.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+
+from jaxckpt._plan import Plan
+from jaxckpt._setting import is_integer
+from jaxckpt._sizes import size_text
+from jaxckpt._table import aligned
+from jaxckpt.memory import targets
+from jaxckpt.planning.rounds import COMPILATIONS
+from jaxckpt.planning.search import TooLittle, plan
+
+PLANS = 8
+_ALIKE = 0.999  # throughputs that the time model does not tell apart
+
+OfSize = Callable[[int], tuple[Callable[..., Any], tuple[Any, ...]]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One size of the batch.
+
+    Fields:
+        plan: the fastest setting that fits; None where none does, or the step cannot be run with so many.
+        reason: why there is none.
+    """
+
+    size: int
+    plan: Plan | None
+    reason: str = ""
+
+    @property
+    def seconds(self) -> float | None:
+        """What the step's stacks take, by the time model of the target."""
+        return None if self.plan is None else self.plan.chosen.seconds
+
+    @property
+    def examples_per_second(self) -> float | None:
+        """The throughput that the time model expects of the stacks alone: what else the step does is not in it."""
+        return None if self.seconds is None else self.size / self.seconds if self.seconds else float("inf")
+
+
+@dataclass(frozen=True)
+class Batches:
+    """What `largest_batch` found: some sizes, ascending, the largest that fits among them.
+
+    Fields:
+        not_tried: the sizes that no plan was made for.
+    """
+
+    tried: tuple[Batch, ...]
+    not_tried: tuple[int, ...]
+
+    @property
+    def _fitting(self) -> list[Batch]:
+        return [batch for batch in self.tried if batch.plan is not None]
+
+    @property
+    def largest(self) -> Batch:
+        """The largest that fits."""
+        return self._fitting[-1]
+
+    @property
+    def fastest(self) -> Batch:
+        """Of those that were tried the one of the highest throughput, by the time model; the largest of several."""
+        most = max(batch.examples_per_second or 0.0 for batch in self._fitting)
+        return next(batch for batch in self._fitting[::-1] if (batch.examples_per_second or 0.0) >= most * _ALIKE)
+
+    def __getitem__(self, size: int) -> Plan:
+        """The plan of one size.
+
+        Raises:
+            KeyError: it was not tried, or does not fit.
+        """
+        found = next((batch for batch in self.tried if batch.size == size), None)
+        if found is None or found.plan is None:
+            fitting = ", ".join(str(batch.size) for batch in self._fitting)
+            raise KeyError(f"there is no plan for a batch of {size}; there are plans for {fitting}")
+        return found.plan
+
+    def __str__(self) -> str:
+        rows = [("", "batch", "peak", "forward runs", "model s", "examples per s", "setting")]
+        for batch in self.tried:
+            if batch.plan is None:
+                rows.append(("", str(batch.size), "", "", "", "", batch.reason))
+                continue
+            chosen = batch.plan.chosen
+            mark = "*" if batch is self.largest else ""
+            numbers = size_text(batch.plan.peak_bytes), f"{chosen.forward_runs:.2f}", f"{chosen.seconds:.4g}"
+            rows.append((mark, str(batch.size), *numbers, f"{batch.examples_per_second:.4g}", chosen.setting))
+        plan = self.largest.plan
+        assert plan is not None
+        budget = "" if plan.budget_bytes is None else f" in {size_text(plan.budget_bytes)}"
+        lines = [f"a batch of {self.largest.size}{budget} on {plan.target}, JAX {plan.jax_version}"]
+        lines += aligned(rows, right=range(1, 6))
+        if self.fastest is not self.largest:
+            lines.append(f"  the highest throughput by the time model: a batch of {self.fastest.size}")
+        if self.not_tried:
+            number, first, last = len(self.not_tried), self.not_tried[0], self.not_tried[-1]
+            sizes = f"{first}" if number == 1 else f"{number} sizes from {first} to {last}"
+            lines.append(f"  not tried: {sizes}; plans={2 * len(self.tried)} tries more")
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, as JSON has them."""
+        tried = [
+            {
+                "size": batch.size,
+                "examples_per_second": batch.examples_per_second,
+                "plan": None if batch.plan is None else batch.plan.to_json(),
+                "reason": batch.reason,
+            }
+            for batch in self.tried
+        ]
+        return {
+            "largest": self.largest.size,
+            "fastest": self.fastest.size,
+            "tried": json.loads(json.dumps(tried)),
+            "not_tried": list(self.not_tried),
+        }
+
+
+def largest_batch(
+    step: Callable[..., Any],
+    *args: Any,
+    in_axes: Sequence[Any],
+    sizes: Iterable[int],
+    plans: int = PLANS,
+    budget: str | int | None = None,
+    target: "str | os.PathLike[str] | targets.Target | None" = None,
+    calibrate: bool = False,
+    compilations: int = COMPILATIONS,
+    progress: bool = True,
+) -> Batches:
+    """The largest batch for which a plan of `step` fits into `budget`, and what some sizes cost.
+
+    Arguments:
+        step, args: as for `jaxckpt.plan`, with a batch of any size.
+        in_axes: for each argument the axis of its examples, or None where it has none (parameters, states), or a tree of
+            these, as in `jax.vmap`.
+        sizes: of the batch, that are allowed: `range(8, 129, 8)`, say.
+        plans: that are made at most, each of which takes as long as `jaxckpt.plan`.
+        budget, target, calibrate, compilations, progress: as for `jaxckpt.plan`.
+
+    Returns:
+        `print` it; `.largest` and `.fastest` have a size and a plan, `found[size]` is the plan of one that fits.
+
+    Raises:
+        ValueError: `in_axes` names no axis of any argument, or axes of different sizes; `sizes` are no numbers of examples;
+            or not even the smallest fits, with what `jaxckpt.plan` says of it.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from jaxckpt import checkpoint_scan
+    >>> stack = checkpoint_scan(lambda w, x: x + jnp.tanh(x @ w), plan="auto")
+    >>> step = jax.grad(lambda w, x: stack(w, x).sum())
+    >>> args = jnp.ones((8, 64, 64)), jnp.ones((32, 64))
+    >>> how = dict(budget="4MiB", target="cpu", progress=False)
+    >>> found = largest_batch(step, *args, in_axes=(None, 0), sizes=[64, 256, 1024, 4096], **how)
+    >>> found.largest.size
+    1024
+    """
+    if not callable(step):
+        raise TypeError(f"largest_batch takes a training step, a function, and then its arguments; got {step!r:.200}")
+    batched = _batched(args, in_axes)
+    made = lambda size: (step, batched(size))  # noqa: E731
+    how = dict(budget=budget, target=target, calibrate=calibrate, compilations=compilations, progress=progress)
+    return batches(made, sizes, plans, **how)
+
+
+def batches(made: OfSize, sizes: Iterable[int], plans: int = PLANS, **how: Any) -> Batches:
+    """The same for a function of the size that makes the step and its arguments; `how` goes to `plan`."""
+    ordered = _checked_sizes(sizes)
+    if not is_integer(plans) or plans < 1:
+        raise ValueError(f"plans, how many are made at most, is an integer of at least 1; got {plans!r}")
+    found: dict[int, Batch] = {}
+    fits: dict[int, bool | None] = {}  # None where the step cannot be run with so many
+    errors: dict[int, Exception] = {}
+    while len(found) < plans and (size := _next_size(ordered, fits)) is not None:
+        try:
+            step, args = made(size)
+            found[size], fits[size] = Batch(size, plan(step, *args, **how)), True
+        except TooLittle as error:
+            reason = f"does not fit: the least possible is {size_text(error.least_bytes)}"
+            found[size], fits[size], errors[size] = Batch(size, None, reason), False, error
+        except Exception as error:
+            # A size that the step cannot be run with, by its own splits say, is none of the others' business.
+            found[size], fits[size], errors[size] = Batch(size, None, f"cannot be run: {_line(error)}"), None, error
+    if not any(fits.values()):
+        smallest = min(errors, key=lambda size: (fits[size] is None, size))
+        error = errors[smallest]
+        if isinstance(error, TooLittle):
+            raise TooLittle(f"{error}. That is for a batch of {smallest}", error.least_bytes) from None
+        raise error
+    tried = tuple(found[size] for size in sorted(found))
+    return Batches(tried, tuple(size for size in ordered if size not in found))
+
+
+def _next_size(sizes: Sequence[int], fits: Mapping[int, bool | None]) -> int | None:
+    """The size to try next: by bisection for the largest that fits, then the one below it farthest from those tried."""
+    largest = max((size for size, yes in fits.items() if yes), default=0)
+    too_large = min((size for size, yes in fits.items() if yes is False), default=math.inf)
+    left = [size for size in sizes if size not in fits and size < too_large]
+    if above := [size for size in left if size > largest]:
+        return above[len(above) // 2]
+    return max(left, key=lambda size: min(abs(size - other) for other in fits), default=None)
+
+
+def _checked_sizes(sizes: Iterable[int]) -> list[int]:
+    given: list[Any] = list(sizes) if isinstance(sizes, Iterable) and not isinstance(sizes, str) else [sizes]
+    if not given or not all(is_integer(size) and size >= 1 for size in given):
+        raise ValueError(
+            f"sizes are those that the batch may have, integers of at least 1, such as range(8, 129, 8); got {sizes!r:.200}"
+        )
+    return sorted({int(size) for size in given})
+
+
+def _line(error: Exception) -> str:
+    said = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {said[:200]}"
+
+
+def _batched(args: tuple[Any, ...], in_axes: Sequence[Any]) -> Callable[[int], tuple[Any, ...]]:
+    """The arguments with a batch of so many, as a function of that; what has no batch stays what it is."""
+    if not isinstance(in_axes, (tuple, list)) or len(in_axes) != len(args):
+        raise ValueError(
+            f"in_axes has an entry for each argument, an axis or None or a tree of them, and the step is given {len(args)} "
+            f"arguments; got {in_axes!r:.200}"
+        )
+    found: dict[str, int] = {}
+    axes: list[Any] = []
+    for i, (arg, given) in enumerate(zip(args, in_axes, strict=True)):
+        if given is None:
+            axes.append(None)
+            continue
+        try:
+            spread = jax.tree.broadcast(given, arg, is_leaf=lambda axis: axis is None)
+        except ValueError as error:
+            raise ValueError(f"in_axes[{i}] is no tree prefix of the argument [{i}]: {error}") from None
+        leaves = jax.tree.leaves_with_path(arg)
+        flat = jax.tree.leaves(spread, is_leaf=lambda axis: axis is None)
+        for (path, leaf), axis in zip(leaves, flat, strict=True):
+            if axis is None:
+                continue
+            name = f"[{i}]{jax.tree_util.keystr(path)}"
+            found[name] = _size_of(leaf, axis, name)
+        axes.append(flat)
+    if not found:
+        raise ValueError("in_axes names no axis: the batch is an axis of at least one argument, in_axes=(None, 0), say")
+    if len(set(found.values())) > 1:
+        listed = ", ".join(f"{size} of {name}" for name, size in found.items())
+        raise ValueError(f"in_axes names axes of different sizes, which are not one batch: {listed}")
+
+    def of_size(size: int) -> tuple[Any, ...]:
+        return tuple(arg if flat is None else _resized(arg, flat, size) for arg, flat in zip(args, axes, strict=True))
+
+    return of_size
+
+
+def _size_of(leaf: Any, axis: Any, name: str) -> int:
+    shape = getattr(leaf, "shape", None)
+    if shape is None:
+        raise ValueError(f"the argument {name} is {leaf!r:.200}, which has no axes: give it None in in_axes")
+    if not is_integer(axis) or not -len(shape) <= axis < len(shape):
+        raise ValueError(f"in_axes names axis {axis!r} of the argument {name}, whose shape is {tuple(shape)}")
+    return shape[axis]
+
+
+def _resized(arg: Any, axes: list[Any], size: int) -> Any:
+    leaves, tree = jax.tree.flatten(arg)
+    return jax.tree.unflatten(
+        tree, [leaf if axis is None else _with_size(leaf, axis, size) for leaf, axis in zip(leaves, axes, strict=True)]
+    )
+
+
+def _with_size(leaf: Any, axis: int, size: int) -> jax.ShapeDtypeStruct:
+    shape = list(leaf.shape)
+    shape[axis] = size
+    sharding = getattr(leaf, "sharding", None)
+    return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding if isinstance(sharding, NamedSharding) else None)

@@ -1,0 +1,125 @@
+"""The largest batch that fits, and which sizes are tried."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxckpt import checkpoint_scan, largest_batch
+from jaxckpt.planning.batch import _batched, _next_size
+
+W, X = jnp.ones((6, 32, 32)), jnp.ones((8, 32))
+STACK = checkpoint_scan(lambda w, x: x + jnp.tanh(x @ w), plan="auto")
+HOW = {"budget": "1MiB", "target": "cpu", "progress": False}
+
+
+def step(w, x):
+    return jax.grad(lambda w: STACK(w, x).sum())(w)
+
+
+def test_the_largest_that_fits():
+    found = largest_batch(step, W, X, in_axes=(None, 0), sizes=[2**k for k in range(4, 16)], plans=6, **HOW)
+    largest = found.largest
+    assert largest.plan.peak_bytes <= 2**20 and found[largest.size] is largest.plan
+    above = next(batch for batch in found.tried if batch.size > largest.size)
+    assert above.size == 2 * largest.size and above.plan is None and "the least possible is" in above.reason
+    sizes = [*(batch.size for batch in found.tried), *found.not_tried]
+    assert len(found.tried) == 6 and sorted(sizes) == [2**k for k in range(4, 16)]
+    assert [batch.size for batch in found.tried] == sorted(batch.size for batch in found.tried)
+    for batch in found.tried[: found.tried.index(largest) + 1]:
+        assert batch.examples_per_second == pytest.approx(batch.size / batch.plan.chosen.seconds)
+    assert found.fastest.examples_per_second >= 0.999 * max(b.examples_per_second or 0 for b in found.tried)
+    text = str(found)
+    assert f"a batch of {largest.size} in 1.0 MiB on cpu" in text and "plans=12 tries more" in text
+    row = found.to_json()["tried"][0]
+    assert row["plan"]["stacks"][""]["knobs"] and found.to_json()["largest"] == largest.size
+
+
+def test_a_plan_runs_with_its_batch():
+    found = largest_batch(step, W, X, in_axes=(None, 0), sizes=[64, 128], **HOW)
+    x = jnp.ones((found.largest.size, 32))
+    got = found.largest.plan.around(step)(W, x)
+    assert jnp.allclose(got, step(W, x), rtol=1e-5)
+
+
+def test_arguments_as_trees_and_nnx_objects():
+    class Model(nnx.Module):
+        def __init__(self):
+            self.w = nnx.Param(W)
+
+    def step(model, batch):
+        return nnx.grad(lambda model: (STACK(model.w[...], batch["x"]) * batch["scale"].T).sum())(model)
+
+    batch = {"x": X, "scale": jnp.ones((1, 8)), "rate": 0.5}
+    found = largest_batch(step, Model(), batch, in_axes=(None, {"x": 0, "scale": -1, "rate": None}), sizes=[16, 32], **HOW)
+    assert found.largest.size == 32
+
+
+def test_shardings_of_a_mesh_stay():
+    sharding = NamedSharding(Mesh(jax.devices()[:1], "data"), P("data"))
+    (x,) = _batched((jax.ShapeDtypeStruct((8, 4), "float32", sharding=sharding),), (0,))(32)
+    assert x.shape == (32, 4) and x.sharding == sharding
+
+
+def test_a_size_that_the_step_cannot_be_run_with_is_out():
+    def accumulated(w, x):  # in micro-batches of 8
+        return jax.lax.map(lambda x: step(w, x), x.reshape(-1, 8, 32)).sum(0)
+
+    found = largest_batch(accumulated, W, X, in_axes=(None, 0), sizes=[8, 12, 16, 20, 24], **HOW)
+    reasons = {batch.size: batch.reason for batch in found.tried}
+    assert found.largest.size == 24 and reasons[12].startswith("cannot be run: TypeError") and not found.not_tried
+    with pytest.raises(TypeError, match="reshape"):
+        largest_batch(accumulated, W, X, in_axes=(None, 0), sizes=[12, 20], **HOW)
+
+
+def test_not_even_the_smallest_fits():
+    with pytest.raises(ValueError, match=r"budget=100.0 KiB .* is less than this step .* for a batch of 4096"):
+        largest_batch(step, W, X, in_axes=(None, 0), sizes=[8192, 4096], **HOW | {"budget": "100KiB"})
+
+
+@pytest.mark.parametrize("number, most", [(1, 1), (7, 3), (40, 17), (40, 40), (40, 0)])
+def test_sizes_in_order(number, most):
+    sizes, fits, asked = list(range(1, number + 1)), {}, []
+    while (size := _next_size(sizes, fits)) is not None:
+        asked.append(size)
+        fits[size] = size <= most
+    assert len(asked) == len(set(asked))
+    assert {size for size in asked if size <= most} == set(range(1, most + 1))
+    of_bisection = number.bit_length()
+    assert most in asked[:of_bisection] or most == 0
+    assert most == number or most + 1 in asked[:of_bisection]
+
+
+@pytest.mark.parametrize(
+    "in_axes, sizes, message",
+    [
+        ((None, None), [8], "in_axes names no axis"),
+        ((None,), [8], "the step is given 2 arguments"),
+        (0, [8], "the step is given 2 arguments"),
+        ((None, 2), [8], r"in_axes names axis 2 of the argument \[1\], whose shape is \(8, 32\)"),
+        ((None, "x"), [8], r"in_axes names axis 'x' of the argument \[1\]"),
+        ((0, 0), [8], r"different sizes, which are not one batch: 6 of \[0\], 8 of \[1\]"),
+        ((None, (0, 1)), [8], r"in_axes\[1\] is no tree prefix of the argument \[1\]"),
+        ((None, 0), [], "sizes are those that the batch may have"),
+        ((None, 0), [0, 8], "integers of at least 1"),
+        ((None, 0), [8.5], "integers of at least 1"),
+        ((None, 0), "8", "integers of at least 1"),
+    ],
+)
+def test_bad_input(in_axes, sizes, message):
+    with pytest.raises(ValueError, match=message):
+        largest_batch(step, W, X, in_axes=in_axes, sizes=sizes, **HOW)
+
+
+def test_more_bad_input():
+    with pytest.raises(ValueError, match="plans, how many are made at most"):
+        largest_batch(step, W, X, in_axes=(None, 0), sizes=[8], plans=0, **HOW)
+    with pytest.raises(TypeError, match="largest_batch takes a training step"):
+        largest_batch(3, W, X, in_axes=(None, 0), sizes=[8], **HOW)
+    with pytest.raises(ValueError, match="which has no axes: give it None"):
+        largest_batch(step, W, {"x": X, "rate": 0.5}, in_axes=(None, 0), sizes=[8], **HOW)
+    found = largest_batch(step, W, X, in_axes=(None, 0), sizes=[8], **HOW)
+    with pytest.raises(KeyError, match="there is no plan for a batch of 9; there are plans for 8"):
+        found[9]
