@@ -35,7 +35,7 @@ class Knobs:
     stages: str | None = None
     offload_carry: bool = False
     engine: str = "scan"
-    tiles: str | None = None
+    tiles: int | str | None = None
     first: "tuple[int, Knobs] | None" = None
 
     def __post_init__(self) -> None:
@@ -51,8 +51,8 @@ class Knobs:
 
     @property
     def pieces(self) -> str | None:
-        """What a block is cut into: "stages", "tiles" (pieces in slices), or None."""
-        return "tiles" if self.tiles else "stages" if self.stages else None
+        """What a block is cut into: "stages", pieces in slices such as "tiles=auto", or None."""
+        return f"tiles={self.tiles}" if self.tiles else "stages" if self.stages else None
 
     def __str__(self) -> str:
         shown = {"blocks_per_ckpt": self.blocks_per_ckpt, "snapshots": self.snapshots, "stages": self.stages}

@@ -31,7 +31,7 @@ class Block:
     """What is alive at which cut of an inlined jaxpr.
 
     Attributes:
-        whole: the peak where it is not cut. shares: of its time, those before each cut.
+        whole: the peak where it is not cut. seconds: of a run. shares: of these, those before each cut.
 
     Arguments:
         carried: which inputs count where they are still needed behind a cut; all others are there anyway.
@@ -54,7 +54,8 @@ class Block:
         self.wanted = _prefix_sums(wanted)
         self.whole = self.wanted[n] + self.live[n]
         seconds = _prefix_sums([cost(eqn, REFERENCE).seconds for eqn in closed.jaxpr.eqns])
-        self.shares = [s / (seconds[-1] or 1.0) for s in seconds]
+        self.seconds = seconds[-1]
+        self.shares = [s / (self.seconds or 1.0) for s in seconds]
 
     def wants(self, begin: int, end: int) -> int:
         """The bytes that autodiff wants of a piece."""

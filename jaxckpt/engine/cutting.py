@@ -1,6 +1,7 @@
 """The pieces that a setting cuts a block into, and which of them are computed in slices."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,9 @@ from jaxckpt._setting import Setting, Stages
 from jaxckpt._setting import Tiles as Most
 from jaxckpt.analysis import flow, inlining, numbering, sources
 from jaxckpt.analysis import jaxpr as jx
+from jaxckpt.analysis.cost import REFERENCE
 from jaxckpt.analysis.cuts import SLACK, Block, find_cuts
+from jaxckpt.analysis.slices_cost import slicing_seconds
 from jaxckpt.analysis.stages import Piece, cuts_at_tags, pieces_between
 from jaxckpt.analysis.tiles import Tiler, Tiles
 from jaxckpt.engine import check
@@ -17,6 +20,11 @@ from jaxckpt.engine.offload import is_offloaded
 from jaxckpt.policies.grammar import JaxPolicy, nothing
 
 _CANDIDATES_OF_TILES = 40  # more made the modelled peak less, and the compiled one more
+# Of the memory that the block takes whole: what it may cost that slices take less time, as much as a run of it. Less than
+# that run itself is worth (`cuts.WORTH`), since what starts cost is known to a factor of three only.
+_WORTH_OF_SLICES = 0.02
+_STEP, _STEPS = 1 / 400, 21  # more memory that is tried, of the same
+_PASSES = 4  # of a block in a step: twice forward, and backward, which takes as long as two
 
 
 def cut(
@@ -106,8 +114,18 @@ def _found(flat: Any, carried: tuple[int, ...], stages: Stages, tiles: Most, who
 
 
 def _tiles(tiler: Tiler, block: Block, cuts: Sequence[int]) -> list[Tiles | None]:
-    """Of each piece the fewest slices under which no piece needs more than the one that needs most."""
+    """Of each piece the fewest slices under which no piece needs more than the one that needs most.
+
+    Or a little more, where the slices are fewer and larger then, and their time is worth it.
+    """
     spans = list(itertools.pairwise([0, *cuts, block.count]))
     beside = block.beside(cuts)
-    peak = SLACK * max(tiler.wants(*span) + more for span, more in zip(spans, beside, strict=True))
-    return [tiler.fewest(*span, int(peak - more)) for span, more in zip(spans, beside, strict=True)]
+    least = SLACK * max(tiler.wants(*span) + more for span, more in zip(spans, beside, strict=True))
+    best, cheapest = [], math.inf
+    for step in range(_STEPS):
+        peak = least + step * _STEP * block.whole
+        found = [tiler.fewest(*span, int(peak - more)) for span, more in zip(spans, beside, strict=True)]
+        longer = sum(slicing_seconds(tiler.jaxpr, tiles, REFERENCE) for tiles in found if tiles) / (block.seconds or 1.0)
+        if (price := step * _STEP + _WORTH_OF_SLICES * _PASSES * longer) < cheapest:
+            best, cheapest = found, price
+    return best

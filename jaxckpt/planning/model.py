@@ -16,7 +16,7 @@ writing what is kept is in the passes already, as it is without checkpointing.)
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -28,17 +28,14 @@ from jaxckpt._plan import Knobs
 from jaxckpt._setting import with_knobs
 from jaxckpt.analysis import inlining
 from jaxckpt.analysis import jaxpr as jx
-from jaxckpt.analysis.cost import is_dear, step_seconds
-from jaxckpt.analysis.stages import Piece, share_before_last
+from jaxckpt.analysis.cost import step_seconds
 from jaxckpt.analysis.tradeoff import Choice, Tradeoff, tradeoff_of
-from jaxckpt.engine import single
-from jaxckpt.engine.cutting import pieces_of
 from jaxckpt.engine.planned import described
 from jaxckpt.engine.run import Run
 from jaxckpt.engine.schedule import whole_runs
 from jaxckpt.memory.targets import Target
+from jaxckpt.planning.cuts import STAGES, TILES, cuts_of
 
-_START = 4e-6  # seconds between kernels of a loop on a GPU, as published for H100: 2 to 6
 # How far options of which the first blocks differ from the others are apart at least: by 2% of bytes, and 0.1% of seconds.
 _APART, _APART_IN_SECONDS = 0.02, 0.001
 _SNAPSHOTS = (2, 3, 4, 5, 7, 9, 12, 16, 24)
@@ -96,20 +93,6 @@ class Phase(NamedTuple):
     option: Option
 
 
-class Cut(NamedTuple):
-    """A block in pieces.
-
-    Fields:
-        bytes: that are wanted at once while its largest piece is differentiated.
-        slicing_seconds: of one run of the block, what computing pieces in slices takes longer.
-        share: of what is run again, what is run again twice, see `share_before_last`.
-    """
-
-    bytes: int
-    slicing_seconds: float
-    share: float
-
-
 class Stack:
     """One stack of a step that is planned: what its settings cost.
 
@@ -132,26 +115,14 @@ class Stack:
         self.trade: Tradeoff = tradeoff_of(merged, rates)
         carry = [jax.typeof(run.leaves[1][i]) for i in run.moving]
         self.carry_bytes = sum(map(jx.nbytes, carry))
-        self.cuts: dict[str | None, Cut] = {} if jx.effects(run.closed) else self._cuts(run, run.closed, ("stages", "tiles"))
-        self.cuts_where_kept = {} if jx.effects(run.closed) else self._cuts(run, merged, ("stages",))
+        can_be_cut = not jx.effects(run.closed)
+        cut = lambda closed, wanted: cuts_of(run, closed, self.carry_bytes, rates, wanted) if can_be_cut else {}  # noqa: E731
+        self.cuts, self.cuts_where_kept = cut(run.closed, (STAGES, *TILES)), cut(merged, [STAGES])
         is_batched = any(jx.is_batched(leaf) for part in run.leaves for leaf in part)
         self.can_be_alone = run.is_stack and not is_batched and not jx.collective_axes(run.closed)
         xs, carried, arrays = [[_type(leaf) for leaf in part] for part in run.leaves]
         constants = [_type(value) if isinstance(value, Tracer) else value for value in run.closed.consts]
         self.run = replace(run, closed=jx.closed(run.closed.jaxpr, constants), leaves=(xs, carried, arrays))
-
-    def _cuts(self, run: Run, closed: Any, names: Sequence[str]) -> dict[str | None, Cut]:
-        """The block in stages and in tiles, by `Knobs.pieces`, each where there is something to cut or to slice."""
-        slices, found = len(run.leaves[0]), {}
-        carried = range(slices, slices + len(run.leaves[1]))
-        for name in names:
-            flat, pieces = pieces_of(closed, carried, "auto", "auto" if name == "tiles" else None)
-            if any(piece.tiles for piece in pieces) if name == "tiles" else len(pieces) > 1:
-                longer = sum(_slicing_seconds(flat.jaxpr, piece, self.rates) for piece in pieces)
-                is_run_again = run.is_stack or single.is_run_again(flat, pieces, run.leaves[2])
-                share = share_before_last(flat.jaxpr, pieces, self.rates) if is_run_again else 0.0
-                found[name] = Cut(max(piece.bytes for piece in pieces) + 2 * self.carry_bytes, longer, share)
-        return found
 
     def transient_bytes(self, of_block: Knobs, where: Target) -> int:
         """What the compiled backward pass of the blocks takes beside what it is given and what it returns.
@@ -213,24 +184,23 @@ class Stack:
         nothing = self._kept_none()
         yield self.everything()
         if not self.run.is_stack:  # a choice of values for one block would save little, and multiply what is combined
-            found = [Knobs(), *(Knobs(stages="auto") if name == "stages" else Knobs(tiles="auto") for name in self.cuts)]
-            yield from (self._option(knobs, nothing) for knobs in found)
+            yield from (self._option(knobs, nothing) for knobs in (Knobs(), *(cut.knobs for cut in self.cuts.values())))
             return
-        cuts = [{"stages": None}, *({name: "auto"} for name in self.cuts)]
+        cuts = [Knobs(), *(cut.knobs for cut in self.cuts.values())]
         chunks = sorted({k for k in range(2, length) if length % k == 0 or k in (2, 3, 4, 6, 8, 12)})
         for cut, choice in itertools.product(cuts, (nothing, *choices[1:])):
-            if cut != cuts[0] and choice is choices[-1]:
+            if cut.pieces and choice is choices[-1]:
                 continue  # nothing of it is run again in pieces
-            if "tiles" in cut and choice is not nothing:
+            if cut.tiles and choice is not nothing:
                 continue  # what is kept is kept of all slices: the search for cuts would have to know of it
-            keeping = Knobs(policy="planned" if choice.names else "nothing", kept=choice.names, **cut)
+            keeping = replace(cut, policy="planned" if choice.names else "nothing", kept=choice.names)
             yield self._option(keeping, choice)
             for k in chunks:
                 yield self._option(replace(keeping, blocks_per_ckpt=k, engine="reversal"), choice)
         for k in chunks:
             yield self._option(Knobs(blocks_per_ckpt=k, policy="everything", engine="reversal"), self._kept_all())
         for cut, k in itertools.product(cuts, [None, *chunks]):
-            in_chunks = Knobs(blocks_per_ckpt=k, engine="reversal", **cut)
+            in_chunks = replace(cut, blocks_per_ckpt=k, engine="reversal")
             for snapshots in _SNAPSHOTS:
                 if snapshots < -(-length // (k or 1)):
                     yield self._option(replace(in_chunks, snapshots=snapshots), nothing)
@@ -288,16 +258,6 @@ class Stack:
         runs = whole_runs(length, per_chunk, knobs.snapshots, knobs.engine) + max(0.0, again) / (forward or 1.0)
         seconds = step_seconds(length, forward + longer, runs, self.rates, host_bytes=on_host, fresh_bytes=stored - on_host)
         return Option(knobs, stored, choice.bytes, block_bytes, seconds, runs)
-
-
-def _slicing_seconds(jaxpr: Any, piece: Piece, rates: Any) -> float:
-    """What a run of a piece takes longer in slices: what they share is read by each, and kernels start for each."""
-    if piece.tiles is None:
-        return 0.0
-    tiling, count = piece.tiles
-    shared = sum(jx.nbytes(place.of(jaxpr).aval) for place in tiling.shared)
-    kernels = 1 + sum(is_dear(jaxpr.eqns[i]) for i in tiling.inside)  # what is not dear is fused into one of them
-    return (count - 1) * (shared / rates.memory_bandwidth + kernels * _START)
 
 
 def _type(leaf: Any) -> jax.ShapeDtypeStruct:
