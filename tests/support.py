@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from jaxckpt import checkpoint_scan
+from jaxckpt.analysis import slices_cost, tiles
 
 # Compiler options for programs that run once: compiling them is what takes the time, and this halves it on JAX 0.10.2, the
 # only one that has both options.
@@ -70,3 +71,9 @@ def assert_no_zero_leaf(tree: Any) -> None:
     """Every leaf has an entry that is not zero: a gradient test on zeros shows nothing."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         assert bool(jnp.any(leaf != 0)), f"{jax.tree_util.keystr(path)} is all zero"
+
+
+def slice_small_values(monkeypatch: Any, least: int = 1) -> None:
+    """Lets `tiles="auto"` slice values too small for a GPU, as if kernels took no time to start."""
+    monkeypatch.setattr(tiles, "LEAST_ENTRIES", least)
+    monkeypatch.setattr(slices_cost, "START", 0.0)

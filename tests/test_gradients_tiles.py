@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxckpt.analysis import tiles
-from tests.support import relative_error
+from tests.support import relative_error, slice_small_values
 from tests.test_gradients_models import MODELS, pairwise_cover, quick_jit, reference, value_and_gradients
 
 POLICIES = ["nothing", "everything", "dots", "cheap", "budget:0.4", "save:{}", "except:{}", "save:{}+dots_no_batch"]
@@ -67,7 +66,7 @@ COVER = sorted(pairwise_cover(SHORT, pairs), key=lambda case: (list(MODELS).inde
 @pytest.fixture(autouse=True)
 def small_slices(monkeypatch):
     """The models here are too small for slices that keep a GPU busy."""
-    monkeypatch.setattr(tiles, "LEAST_ENTRIES", 1)
+    slice_small_values(monkeypatch)
 
 
 def check(case):

@@ -23,7 +23,7 @@ _CANDIDATES_OF_TILES = 40  # more made the modelled peak less, and the compiled 
 # Of the memory that the block takes whole: what it may cost that slices take less time, as much as a run of it. Less than
 # that run itself is worth (`cuts.WORTH`), since what starts cost is known to a factor of three only.
 _WORTH_OF_SLICES = 0.02
-_STEP, _STEPS = 1 / 400, 21  # more memory that is tried, of the same
+_STEP, _STEPS = 1 / 400, 9  # more memory that is tried, of the same: two percent at most
 _PASSES = 4  # of a block in a step: twice forward, and backward, which takes as long as two
 
 
@@ -116,13 +116,13 @@ def _found(flat: Any, carried: tuple[int, ...], stages: Stages, tiles: Most, who
 def _tiles(tiler: Tiler, block: Block, cuts: Sequence[int]) -> list[Tiles | None]:
     """Of each piece the fewest slices under which no piece needs more than the one that needs most.
 
-    Or a little more, where the slices are fewer and larger then, and their time is worth it.
+    Or a little more, where the slices are fewer and larger then, and their time is worth it, unless a number is asked for.
     """
     spans = list(itertools.pairwise([0, *cuts, block.count]))
     beside = block.beside(cuts)
     least = SLACK * max(tiler.wants(*span) + more for span, more in zip(spans, beside, strict=True))
     best, cheapest = [], math.inf
-    for step in range(_STEPS):
+    for step in range(_STEPS if tiler.given_most is None else 1):
         peak = least + step * _STEP * block.whole
         found = [tiler.fewest(*span, int(peak - more)) for span, more in zip(spans, beside, strict=True)]
         longer = sum(slicing_seconds(tiler.jaxpr, tiles, REFERENCE) for tiles in found if tiles) / (block.seconds or 1.0)

@@ -211,14 +211,16 @@ class Stack:
         """Options of which the first blocks take one setting without chunks and the others the next."""
         of_all = [o for o in found if not (o.knobs.blocks_per_ckpt or o.knobs.snapshots or o.knobs.offload_carry)]
         front: list[Option] = []
+        length = self.run.length
         for option in sorted(of_all, key=lambda o: (o.seconds, _bytes(o))):
             if not front or _bytes(option) < _bytes(front[-1]) * 0.999:
                 front.append(option)
         for fast, lean in itertools.pairwise(front):
             bytes_apart = math.log(_bytes(fast) / _bytes(lean)) / _APART
             seconds_apart = (lean.seconds / fast.seconds - 1) / _APART_IN_SECONDS
-            steps = min(self.run.length, math.ceil(bytes_apart), math.ceil(seconds_apart))
-            for first in sorted({round(self.run.length * k / steps) for k in range(1, steps)} - {0, self.run.length}):
+            steps = min(length, math.ceil(bytes_apart), math.ceil(seconds_apart))
+            # One block is no loop, and takes something else than what the model knows of loops.
+            for first in sorted({round(length * k / steps) for k in range(1, steps)} - {0, 1, length - 1, length}):
                 yield self._of_two(first, lean, fast)
 
     def _of_two(self, first: int, lean: Option, fast: Option) -> Option:

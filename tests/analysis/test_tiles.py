@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxckpt.analysis import inlining, numbering, tiles
+from jaxckpt.analysis import inlining, numbering
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis.tiles import Tiler, entries
+from tests.support import slice_small_values
 
 N, D = 12, 4
 
@@ -62,7 +63,7 @@ def test_as_few_slices_as_will_do():
 
 @pytest.mark.parametrize("least, count", [(1, N), (N * N // 4, 4), (N * N // 2, 2), (N * N, None)])
 def test_slices_keep_a_gpu_busy(monkeypatch, least, count):
-    monkeypatch.setattr(tiles, "LEAST_ENTRIES", least)
+    slice_small_values(monkeypatch, least)
     flat = traced(attention, (3, D, D), (N, D))
     best = tiler_of(flat).best(0, len(flat.jaxpr.eqns))[1]
     assert (best and best.count) == count

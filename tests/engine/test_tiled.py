@@ -12,9 +12,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxckpt import checkpoint_scan, explain
 from jaxckpt.analysis import jaxpr as jx
-from jaxckpt.analysis import tiles as of_tiles
 from jaxckpt.engine import tiled
-from tests.support import QUICK, plain_loop, pull_back, random_like, relative_error
+from tests.support import QUICK, plain_loop, pull_back, random_like, relative_error, slice_small_values
 
 N, T, D = 3, 12, 4
 
@@ -365,7 +364,7 @@ def test_side_effects_are_not_sliced():
 
 
 def test_explain_names_the_axis_and_the_slices(monkeypatch):
-    monkeypatch.setattr(of_tiles, "LEAST_ENTRIES", 16)
+    slice_small_values(monkeypatch, 16)
     w, x = random_like((W, X))
     found = explain(checkpoint_scan(block, stages="tags:first", tiles="auto"), w, x, mask=mask_of(x), target="h200")
     piece = found.slices[0]

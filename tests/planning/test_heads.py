@@ -9,9 +9,8 @@ from flax import nnx
 
 from jaxckpt import Plan, checkpoint, checkpoint_scan, explain, plan, targets
 from jaxckpt._plan import Knobs, under
-from jaxckpt.analysis import tiles as of_tiles
 from jaxckpt.planning.search import _stacks
-from tests.support import random_like, relative_error
+from tests.support import random_like, relative_error, slice_small_values
 
 N, TOKENS, WIDTH, WORDS = 3, 64, 16, 2048
 LABELS = (jnp.arange(TOKENS) * 7) % WORDS
@@ -26,7 +25,7 @@ OF_HEAD = [
 
 @pytest.fixture(autouse=True)
 def small_slices(monkeypatch):
-    monkeypatch.setattr(of_tiles, "LEAST_ENTRIES", 256)
+    slice_small_values(monkeypatch, 256)
 
 
 def loss_of(kernel, x):
@@ -113,7 +112,7 @@ def test_forward_runs_of_a_head():
         return {str(option.knobs): option.forward_runs for option in found[""]._all(may_offload=True)}
 
     found = runs(simple)  # where the loss of each token crosses the one cut, and is kept
-    assert list(found) == ["everything, scan", "nothing, scan", "nothing, tiles=auto, scan"]
+    assert list(found)[:3] == ["everything, scan", "nothing, scan", "nothing, tiles=auto, scan"]
     assert found["everything, scan"] == 1 and 1.5 < found["nothing, scan"] <= 2
     assert found["nothing, tiles=auto, scan"] == pytest.approx(found["nothing, scan"])
     found = runs(loss_of)  # where much does

@@ -21,10 +21,9 @@ from jax.sharding import PartitionSpec as P
 
 from jaxckpt import checkpoint_scan, explain, measure, plan
 from jaxckpt._plan import Candidate, Knobs, Plan, load
-from jaxckpt.analysis import tiles
 from jaxckpt.analysis.cost import REFERENCE
 from jaxckpt.planning import search
-from tests.support import relative_error
+from tests.support import relative_error, slice_small_values
 
 N, WIDTH = 12, 32
 MIB = 2**20
@@ -164,8 +163,8 @@ def test_files_whose_parts_are_none(knobs, said, tmp_path, range_of_peaks):
 
 def test_tiles_are_a_knob_of_the_plan(monkeypatch, tmp_path):
     """A block of which one matrix is nearly all that differentiating it takes."""
-    monkeypatch.setattr(tiles, "LEAST_ENTRIES", 1)
-    x = jnp.ones((512, WIDTH))
+    slice_small_values(monkeypatch)
+    x = jnp.ones((1024, WIDTH))
 
     def least(knobs):
         steps = [step_of({"engine": engine, **knobs}) for engine in ("scan", "reversal")]
@@ -184,7 +183,7 @@ def test_tiles_are_a_knob_of_the_plan(monkeypatch, tmp_path):
 
 
 def test_slices_take_less_and_longer(monkeypatch):
-    monkeypatch.setattr(tiles, "LEAST_ENTRIES", 1)
+    slice_small_values(monkeypatch)
     (stack,) = search._stacks(STEP, (W, jnp.ones((512, WIDTH))), REFERENCE)[0].values()
     settings = Knobs(), Knobs(stages="auto"), Knobs(tiles="auto")
     whole, in_stages, in_tiles = (stack._option(knobs, stack._kept_none()) for knobs in settings)
