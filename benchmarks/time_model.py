@@ -1,9 +1,9 @@
 """Does the time model rank settings as a machine does, and what does it cost that a plan believes it?
 
-Runs one training step of a small stack under named policies, with and without chunks, and under what plans choose in the memory
-of each of them, in turns on the CPU; and compares the seconds with those of the time model, whose rates are measured first
-(`plan(calibrate=True)`). The rank correlation is Spearman's. What a plan's choice costs: its median seconds to those of the
-fastest that was run and needs no more memory.
+Runs one training step of a small stack under named policies, with and without chunks, and under what plans choose in the
+memory of each of them, in turns on the CPU; and compares the seconds with those of the time model, whose rates are measured
+first (`plan(calibrate=True)`). The rank correlation is Spearman's. What a plan's choice costs: its median seconds to those of
+the fastest that was run and needs no more memory.
 
     python benchmarks/time_model.py
 
@@ -101,7 +101,8 @@ def entry_of(stack: Stack, name: str, knobs: dict[str, Any], arguments: Any, rat
     step = step_of(stack, **knobs)
     params, carry, shared = arguments
     run = _the_run(checkpoint_scan(stack.apply, **knobs), (params, *carry), shared)
-    found: Any = _explained(run, SimpleNamespace(name="cpu", gpu=rates))
+    target: Any = SimpleNamespace(name="cpu", gpu=rates)
+    found: Any = _explained(run, target)
     # As a plan counts: what is stored is touched for the first time.
     stored = found.stored_bytes + found.chunk_bytes
     seconds = step_seconds(stack.length, found.forward_seconds, found.forward_runs, rates, fresh_bytes=stored)
