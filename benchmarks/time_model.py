@@ -2,7 +2,7 @@
 
 Runs one training step of a small stack under named policies, with and without chunks, and under what plans choose in the
 memory of each of them, in turns on the CPU; and compares the seconds with those of the time model, whose rates are measured
-first (`plan(calibrate=True)`). The rank correlation is Spearman's. What a plan's choice costs: its median seconds to those of
+first (`plan(calibrate=True)`). The rank correlation is Spearman's. What a plan costs: its median seconds to those of
 the fastest that was run and needs no more memory.
 
     python benchmarks/time_model.py
