@@ -29,4 +29,5 @@ def slicing_seconds(jaxpr: Any, tiles: Tiles, rates: Any) -> float:
 
     inside = [jaxpr.eqns[i] for i in tiling.inside]
     fused = [eqn for eqn in inside if not is_dear(eqn)]  # into one of the others, or few kernels
-    return sum(map(longer, [fused, *([eqn] for eqn in inside if is_dear(eqn))]))
+    kernels = [fused, *([eqn] for eqn in inside if is_dear(eqn))]
+    return sum(longer(eqns) for eqns in kernels if any(cost(eqn, rates).seconds for eqn in eqns))

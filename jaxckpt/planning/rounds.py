@@ -23,9 +23,10 @@ from typing import Protocol
 from jaxckpt.planning.model import Option
 from jaxckpt.planning.peaks import Combination, Known, Peaks, kind
 
-# Of the whole step, for one plan. Rounds of 6, 3, 2 and 1 tell 120 settings apart, of a front of a few hundred; as a rule 2
-# to 4 are compiled.
-COMPILATIONS = 12
+# Of the whole step, for one plan. Rounds of 12, 6, 3, 2 and 1 tell 2000 settings apart, more than a front has as a rule, and
+# 2 to 4 are compiled.
+COMPILATIONS = 24
+OF_LEAST = 12  # of these, while the least memory is searched, where each is compiled
 _WORTH = 0.998  # of the seconds of the best so far; what is not faster is not worth compiling
 _IN_DOUBT = 1.02  # of what the model says, what the compiler may still do with less
 _BLOCKS = 2  # blocks that are compiled alone for each compilation of the step, while the least memory is searched

@@ -127,7 +127,7 @@ def plan(
         how = combinations, fixed, search, compilations
         chosen = rounds.fastest(limit, *how) if objective == "time" else None
         if chosen is None:
-            left = compilations - len(search.seen)
+            left = min(compilations - len(search.seen), rounds.OF_LEAST)
             chosen = rounds.least(combinations, fixed, search, left, search.known)
             if search.seen[chosen].peak_bytes > limit:
                 raise TooLittle(_too_little(limit, search, fixed, chosen), search.seen[chosen].peak_bytes)
