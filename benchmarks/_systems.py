@@ -240,6 +240,7 @@ def systems(stack: Stack) -> list[System]:
         'snapshots=5, stages="auto"': {"snapshots": 5, "stages": "auto"},
         'offload_carry, stages="auto", engine="reversal"': {"offload_carry": True, "stages": "auto", "engine": "reversal"},
         'tiles="auto", nothing': {"tiles": "auto"},
+        'tiles="auto", everything': {"tiles": "auto", "policy": "everything"},
         'tiles="auto", nothing, engine="reversal"': {"tiles": "auto", "engine": "reversal"},
         'snapshots=5, tiles="auto"': {"snapshots": 5, "tiles": "auto"},
         'offload_carry, tiles="auto", engine="reversal"': {"offload_carry": True, "tiles": "auto", "engine": "reversal"},
