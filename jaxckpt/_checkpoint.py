@@ -23,7 +23,7 @@ from jaxckpt.policies.grammar import JaxPolicy, Policy
 def checkpoint(
     fn: Any,
     *,
-    policy: str | JaxPolicy | Policy = "nothing",
+    policy: str | JaxPolicy | Policy | None = None,
     stages: int | str | None = None,
     tiles: int | str | None = None,
     plan: "Plan | StackPlan | str | os.PathLike[str] | None" = None,
@@ -39,7 +39,7 @@ def checkpoint(
             `nn.remat`), an instance of one (unbound: another instance; bound: a function); an NNX class or module (the same
             kind, which shares the module's variables and submodules, and has its own attributes from then on; what it
             changes is written back).
-        policy: what is kept (see `jaxckpt.policies`).
+        policy: what is kept (see `jaxckpt.policies`); "nothing" by default.
         stages: pieces that `fn` is cut into, each checkpointed by itself: None, "auto", an integer (pieces at most), or
             "tags:NAMES" to cut behind tagged values. While `fn` is differentiated, what crosses the cuts is kept.
         tiles: slices that a piece is computed in: None, "auto", or an integer (slices at most). Implies stages="auto" where
@@ -61,8 +61,7 @@ def checkpoint(
     >>> jax.grad(head)(kernel, x, labels).shape
     (8, 1000)
     """
-    given = None if plan is not None and policy == "nothing" else policy
-    setting = make_setting(None, None, given, False, (), 1, stages, tiles=tiles, plan=plan)
+    setting = make_setting(None, None, policy, False, (), 1, stages, tiles=tiles, plan=plan)
     if isinstance(fn, type) and issubclass(fn, nn.Module):
         return single.linen_class(fn, setting)
     if isinstance(fn, nn.Module) and fn.scope is None:

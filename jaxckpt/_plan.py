@@ -68,7 +68,8 @@ class StackPlan:
     """The knobs of one stack, and what they were found for.
 
     Fields:
-        block, length: the block's name and how many there are. carry: the types of its positional arguments.
+        block, length: the block's name and how many there are. carry: the types of its positional arguments; of what is no
+            stack, of all arrays that it is given.
         program: a hash of what one block computes.
     """
 
@@ -81,19 +82,20 @@ class StackPlan:
 
     def refusal(self, **found: Any) -> ValueError | None:
         """Why a stack is not the one that was planned, of `block`, `length`, `carry` and `program`; None where it is."""
+        said = {"block": "its block is", "length": "its length is", "carry": "it is given"}
         other = [
-            f"its {name} is {value}, and the plan is for {getattr(self, name)}"
-            for name, value in found.items()
-            if name != "program" and value != getattr(self, name)
+            f"{words} {found[name]}, and the plan is for {getattr(self, name)}"
+            for name, words in said.items()
+            if found[name] != getattr(self, name)
         ]
         if not other and found["program"] != self.program:
-            other = ["the block computes something else, though its name and types are the same (other flags, say)"]
+            other = ["it computes something else, though its name and types are the same (other flags, say)"]
         if not other:
             return None
         return ValueError(
-            f"{found['block']}: the plan is for another stack: {'; '.join(other)}. Without derivatives, as in evaluation, "
+            f"{found['block']}: the plan is for something else: {'; '.join(other)}. Without derivatives, as in evaluation, "
             "it runs all the same; but here it is differentiated, and its memory is unknown. Run jaxckpt.plan again, "
-            "or build the stack without plan: the parameters fit"
+            "or leave plan away: the parameters fit"
         )
 
 
@@ -253,17 +255,19 @@ def load(path: str | os.PathLike[str]) -> Plan:
 
 def _stack(fields: dict[str, Any]) -> StackPlan:
     found = StackPlan(knobs=_knobs(fields.pop("knobs")), **fields)
-    if found.knobs.first is not None:
-        count, knobs = found.knobs.first
-        if not isinstance(count, int) or isinstance(count, bool) or not 0 < count < found.length:
-            raise ValueError(f"its first {count!r} blocks are no part of {found.length}")
-        _check_chunks(knobs, count)
-        _check_chunks(found.knobs, found.length - count)
+    if found.knobs.first is None:
+        _check_chunks(found.knobs, found.length)
+        return found
+    count, knobs = found.knobs.first
+    if not isinstance(count, int) or isinstance(count, bool) or not 0 < count < found.length:
+        raise ValueError(f"its first {count!r} blocks are no part of {found.length}")
+    _check_chunks(knobs, count)
+    _check_chunks(found.knobs, found.length - count)
     return found
 
 
 def _check_chunks(knobs: Knobs, count: int) -> None:
-    """Refuses chunks and snapshots that a part of a stack is too short for."""
+    """Refuses chunks and snapshots that a stack, or a part of one, is too short for."""
     chunks = -(-count // (knobs.blocks_per_ckpt or 1))
     if (knobs.blocks_per_ckpt or 1) > count or (knobs.snapshots or 1) > chunks:
         raise ValueError(f"{knobs} is not for {count} blocks")

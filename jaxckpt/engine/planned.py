@@ -34,20 +34,25 @@ def by_default(setting: Setting) -> Setting:
 
 
 def pinned(
-    setting: Setting, planned: StackPlan, closed: Any, carry: Sequence[Any], length: int, names: check.Names
+    setting: Setting, planned: StackPlan, closed: Any, given: Sequence[Any], length: int, names: check.Names
 ) -> tuple[Setting, ValueError | None]:
-    """The setting of a pinned plan; where it is for another stack, default knobs, and why nothing may be differentiated."""
-    refusal = planned.refusal(block=names.block, **described(closed, carry, length))
-    if refusal is None:
-        return setting, None
-    if observed.get() is not None:  # by those who look at what is kept for derivatives
-        raise refusal
-    return by_default(setting), refusal
+    """The setting of a pinned plan; where it is for another stack, default knobs, and why nothing may be differentiated.
+
+    Arguments:
+        given: the first carry of a stack, or the arrays that a function is given.
+    """
+    refusal = planned.refusal(block=names.block, **_described(closed, given, length))
+    return (setting, None) if refusal is None else (by_default(setting), refusal)
 
 
-def described(closed: Any, carry: Sequence[Any], length: int) -> dict[str, Any]:
-    """What a plan remembers of a stack beside the block's name."""
-    return {"length": length, "carry": check.shape_of(tuple(carry)), "program": jx.digest(closed)}
+def described(run: Run) -> dict[str, Any]:
+    """What a plan remembers of a run beside the block's name."""
+    _, carry, arrays = run.leaves
+    return _described(run.closed, carry if run.is_stack else arrays, run.length)
+
+
+def _described(closed: Any, given: Sequence[Any], length: int) -> dict[str, Any]:
+    return {"length": length, "carry": check.shape_of(tuple(given)), "program": jx.digest(closed)}
 
 
 @contextlib.contextmanager

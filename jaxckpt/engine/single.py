@@ -32,13 +32,27 @@ def run_under(setting: Setting, closed: Any, arrays: list[Any], names: check.Nam
     setting, planned = under_plan(setting)
     refusal = None
     if isinstance(planned, StackPlan):
-        setting, refusal = pinned(setting, planned, closed, (), 1, names)
+        setting, refusal = pinned(setting, planned, closed, arrays, 1, names)
+    if planned is not None:
+        _check_planned(setting, names)
     check.effects(closed, setting, names, instead="Return the value instead")
     run = _resolved(setting, closed, arrays, names)
     if isinstance(setting.plan, str) and (see := observed.get()) is not None:
         see(run)
     out = checkpointed(run.closed, run.keep, arrays, run.pieces)
     return out if refusal is None else [not_differentiated(leaf, refusal) for leaf in out]
+
+
+def _check_planned(setting: Setting, names: check.Names) -> None:
+    """Refuses what a plan says of stacks only."""
+    of_stacks = dict(blocks_per_ckpt=setting.blocks_per_ckpt, snapshots=setting.snapshots, first=setting.first)
+    of_stacks |= dict(
+        offload_carry=setting.offload_carry or None, engine=None if setting.engine == "scan" else setting.engine
+    )
+    if found := [name for name, value in of_stacks.items() if value is not None]:
+        raise ValueError(
+            f"{names.block}: its plan says {', '.join(found)}, which only stacks of blocks have: run jaxckpt.plan again"
+        )
 
 
 def _resolved(setting: Setting, closed: Any, arrays: list[Any], names: check.Names) -> Run:

@@ -60,6 +60,8 @@ def run_stack(
     refusal = None
     if isinstance(planned, StackPlan):
         setting, refusal = pinned(setting, planned, traced.closed, traced.carry, length, names)
+        if refusal is not None and observed.get() is not None:  # by those who look at what is kept for derivatives
+            raise refusal
     check.effects(traced.closed, setting, names)
     if initializes:
         setting = _for_init(setting, traced, names)

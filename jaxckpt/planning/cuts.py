@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, cast
 
 from jaxckpt._plan import Knobs
 from jaxckpt._setting import Tiles as Most
+from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis.slices_cost import slicing_seconds
 from jaxckpt.analysis.stages import share_before_last
 from jaxckpt.engine import single
@@ -12,8 +13,8 @@ from jaxckpt.engine.cutting import pieces_of
 from jaxckpt.engine.run import Run
 
 STAGES = Knobs(stages="auto")
-# Fewer slices than "auto" takes, which need more memory and less time.
-TILES = (Knobs(tiles="auto"), Knobs(tiles=16), Knobs(tiles=4))
+# "auto" weighs memory and time; with 64 slices at most it is the least memory, and with 16 and 4 less time.
+TILES = (Knobs(tiles="auto"), Knobs(tiles=64), Knobs(tiles=16), Knobs(tiles=4))
 
 
 class Cut(NamedTuple):
@@ -38,16 +39,13 @@ def cuts_of(run: Run, closed: Any, carry_bytes: int, rates: Any, wanted: Sequenc
     Arguments:
         closed: of the block. rates: as in `jaxckpt.analysis.cost`.
     """
-    slices, found, most = len(run.leaves[0]), {}, 0
+    slices, found = len(run.leaves[0]), {}
     carried = range(slices, slices + len(run.leaves[1]))
-    for knobs in wanted:
-        if isinstance(knobs.tiles, int) and knobs.tiles >= most:
-            continue  # "auto" takes no more, which keep a GPU busy
+    for knobs in wanted if not jx.effects(closed) else ():
         flat, pieces = pieces_of(closed, carried, "auto", cast(Most, knobs.tiles))
-        sliced = [piece.tiles.count for piece in pieces if piece.tiles]
-        if not sliced if knobs.tiles else len(pieces) < 2:
+        is_found = any(piece.tiles for piece in pieces) if knobs.tiles else len(pieces) > 1
+        if not is_found:
             continue
-        most = max([most, *sliced])
         longer = sum(slicing_seconds(flat.jaxpr, piece.tiles, rates) for piece in pieces if piece.tiles)
         is_run_again = run.is_stack or single.is_run_again(flat, pieces, run.leaves[2])
         share = share_before_last(flat.jaxpr, pieces, rates) if is_run_again else 0.0

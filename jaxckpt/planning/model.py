@@ -110,14 +110,16 @@ class Stack:
 
     def __init__(self, run: Run, rates: Any):
         self.rates = rates
-        self.described = described(run.closed, run.leaves[1], run.length)
+        self.described = described(run)
         merged = inlining.merged(inlining.inlined(run.closed, checkpoints=True))
         self.trade: Tradeoff = tradeoff_of(merged, rates)
         carry = [jax.typeof(run.leaves[1][i]) for i in run.moving]
         self.carry_bytes = sum(map(jx.nbytes, carry))
-        can_be_cut = not jx.effects(run.closed)
-        cut = lambda closed, wanted: cuts_of(run, closed, self.carry_bytes, rates, wanted) if can_be_cut else {}  # noqa: E731
-        self.cuts, self.cuts_where_kept = cut(run.closed, (STAGES, *TILES)), cut(merged, [STAGES])
+        self.cuts = cuts_of(run, run.closed, self.carry_bytes, rates, (STAGES, *TILES))
+        where_kept = (
+            [STAGES] if self.trade.choices[1:-1] else []
+        )  # under a choice of values, in which none is made in slices
+        self.cuts_where_kept = cuts_of(run, merged, self.carry_bytes, rates, where_kept)
         is_batched = any(jx.is_batched(leaf) for part in run.leaves for leaf in part)
         self.can_be_alone = run.is_stack and not is_batched and not jx.collective_axes(run.closed)
         xs, carried, arrays = [[_type(leaf) for leaf in part] for part in run.leaves]
@@ -191,7 +193,7 @@ class Stack:
         for cut, choice in itertools.product(cuts, (nothing, *choices[1:])):
             if cut.pieces and choice is choices[-1]:
                 continue  # nothing of it is run again in pieces
-            if cut.tiles and choice is not nothing:
+            if cut.pieces and choice is not nothing and cut.pieces not in self.cuts_where_kept:
                 continue  # what is kept is kept of all slices: the search for cuts would have to know of it
             keeping = replace(cut, policy="planned" if choice.names else "nothing", kept=choice.names)
             yield self._option(keeping, choice)

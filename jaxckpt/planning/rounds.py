@@ -2,8 +2,8 @@
 
 The fastest within a limit is searched in rounds. A round takes the front, the settings that no other beats in seconds and
 predicted bytes, and lists a few that are spread over it. From the fastest of them on, those that should fit are compiled,
-until one does. The next round is about what lies between that one and the listed one before it, with a model that was
-corrected by it.
+until one does (after the first that does not the leanest is: where that does not fit either, nothing should). The next round
+is about what lies between that one and the listed one before it, with a model that was corrected by it.
 
 More memory never gives a slower plan, however wrong the model is. Take a small and a large limit. As long as they settle on
 the same, they have the same lists and the same predictions, which depend neither on the limit nor on what was compiled in
@@ -59,7 +59,14 @@ def fastest(
         fixed: see `Peaks`.
         compilations: of the whole step, at most; those that fail are not counted.
     """
+    found: dict[Combination, float] = {}
     learnt = Known()  # from what the rounds before settled on
+
+    def fits(c: Combination, peaks: Peaks) -> bool:
+        if c not in found:
+            found[c] = compiler.peak(c, peaks.predicted(c))
+        return found[c] <= limit
+
     best, given_up, left = None, -math.inf, compilations
     while left:
         peaks = Peaks(fixed, learnt)
@@ -72,13 +79,16 @@ def fastest(
         for c in listed:
             # Before any of it was compiled, the model may also refuse too much.
             informed = _asked(c, peaks, _IN_DOUBT * limit if best is None else limit, compiler)
-            if informed is not None and (found := compiler.peak(c, informed.predicted(c))) <= limit:
-                best, learnt = c, informed.known.with_compiled(c, round(found))
+            if informed is not None and fits(c, informed):
+                best, learnt = c, informed.known.with_compiled(c, round(found[c]))
                 break
             if kind(c) in compiler.refused:  # begin again without the like
                 rest = [other for other in combinations if kind(other) not in compiler.refused]
                 return fastest(limit, rest, fixed, compiler, compilations)
-            given_up = c.seconds
+            given_up, leanest = c.seconds, listed[-1]
+            in_vain = best is None and informed is not None
+            if in_vain and not (fits(leanest, _informed(leanest, peaks, compiler)) or kind(leanest) in compiler.refused):
+                break
         if best is None:  # the leanest was listed too
             break
     return best
@@ -101,7 +111,9 @@ def least(
         if there is not None and not (new and compilations):
             return there
         best = min(new, key=peaks.predicted)
-        if there is not None and peaks.predicted(best) > _IN_DOUBT * peaks.peak(there):
+        # What the rest of the step needs was seen, and is in no doubt.
+        in_doubt = (_IN_DOUBT - 1) * peaks.without_rest(best)
+        if there is not None and peaks.predicted(best) - in_doubt > peaks.peak(there):
             return there
         informed = _informed(best, peaks, compiler) if blocks else peaks
         if informed is not peaks:  # that changes which should be the least

@@ -312,15 +312,15 @@ def _stacks(step: Callable[..., Any], args: Any, rates: Any) -> tuple[dict[str, 
         if name not in found:
             found[name] = Stack(run, rates)
             return
-        other, identity = found[name], described(run.closed, run.leaves[1], run.length)
+        other, identity = found[name], described(run)
         if run.names.block == other.run.names.block and identity == other.described:
             return
         written = f"auto:{name}" if name else "auto"
         if run.names.block == other.run.names.block and run.length == other.run.length:
-            carries = f"with a carry of {other.described['carry']} and of {identity['carry']}"
+            given = f"given {other.described['carry']} and {identity['carry']}"
             raise ValueError(
-                f"{run.names.block}: a stack with plan={written!r} is run twice in the step, {carries}, or with other "
-                "flags, and a plan is for one of them: build a stack for each and give it its name, plan='auto:NAME'"
+                f"{run.names.block}: what has plan={written!r} is run twice in the step, {given}, or with other flags, and "
+                "a plan is for one of them: build one for each and give it its name, plan='auto:NAME'"
             )
         both = " and ".join(f"{r.length} x {r.names.block}" for r in (other.run, run))
         raise ValueError(f"two stacks are built with plan={written!r}, {both}: give each its name, plan='auto:NAME'")
@@ -339,7 +339,8 @@ def _stacks(step: Callable[..., Any], args: Any, rates: Any) -> tuple[dict[str, 
     observe(call, list(map(on_set_mesh, arrays)), see)
     if not found:
         raise ValueError(
-            "no stack in the step is to be planned: build one with checkpoint_scan(..., plan='auto'), without other knobs"
+            "no stack in the step is to be planned: build one with checkpoint_scan(..., plan='auto'), without other knobs, "
+            "or what is no stack with checkpoint(fn, plan='auto')"
         )
     return found, (digest, tuple(str(getattr(leaf, "sharding", None)) for leaf in arrays)), fixed
 

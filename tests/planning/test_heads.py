@@ -1,5 +1,7 @@
 """Plans of what `checkpoint` is given, a head with its loss above all, beside the stacks of a step."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -71,6 +73,7 @@ def step_of(head, **knobs):
 
 
 WANT = jax.jit(step_of(loss_of))(W, KERNEL)
+WANT_OF_TANH = jax.jit(step_of(lambda kernel, x: loss_of(kernel, jnp.tanh(x))))(W, KERNEL)
 
 
 @pytest.mark.parametrize("kind", HEADS)
@@ -80,8 +83,8 @@ def test_a_head_is_planned_with_the_stack(kind, tmp_path):
     assert most["head"].knobs.pieces is None
     found = plan(step, W, KERNEL, objective="memory", target="cpu", progress=False)
     assert list(found.stacks) == ["blocks", "head"] and found["head"].length == 1
-    assert found["head"].knobs == Knobs(tiles="auto") and found.peak_bytes < most.peak_bytes
-    assert "(1 block): nothing, tiles=auto" in str(found) and "(3 blocks)" in str(found)
+    assert found["head"].knobs.tiles and found.peak_bytes < most.peak_bytes
+    assert f"(1 block): {found['head'].knobs}" in str(found) and "(3 blocks)" in str(found)
     found.save(tmp_path / "plan.json")
     pinned = step_of(HEADS[kind](plan=f"{tmp_path / 'plan.json'}:head"), plan=f"{tmp_path / 'plan.json'}:blocks")
     for run in (found.around(step), pinned, Plan.load(tmp_path / "plan.json").around(step), step):
@@ -100,7 +103,7 @@ def test_gradients_under_what_a_plan_may_say(kind, knobs):
 def test_a_head_without_a_stack():
     step = jax.grad(checkpoint(loss_of, plan="auto"))
     found = plan(step, KERNEL, X, objective="memory", target="cpu", progress=False)
-    assert found[""].knobs == Knobs(tiles="auto") and found[""].block == "loss_of"
+    assert found[""].knobs.tiles and found[""].block == "loss_of"
 
 
 def test_forward_runs_of_a_head():
@@ -130,14 +133,29 @@ def test_a_plan_for_another_head_runs_without_derivatives_only():
     assert relative_error(head(KERNEL, X[:32].repeat(2, 0)), loss_of(KERNEL, X[:32].repeat(2, 0))) < 1e-6
     other = checkpoint(lambda kernel, x: 2 * loss_of(kernel, x), plan=found)
     assert other(KERNEL, X) == 2 * loss_of(KERNEL, X)
-    with pytest.raises(ValueError, match=r"the plan is for another stack: .*its block is .*, and the plan is for loss_of"):
+    with pytest.raises(ValueError, match=r"the plan is for something else: its block is .*, and the plan is for loss_of"):
         jax.grad(other)(KERNEL, X)
+
+
+def test_a_plan_for_a_head_is_for_the_types_that_it_was_given():
+    def mean_of(kernel, x):
+        return jnp.sin(x @ kernel).mean()
+
+    found = plan(jax.grad(checkpoint(mean_of, plan="auto")), KERNEL, X, budget="1GiB", target="cpu", progress=False)
+    said = r"mean_of: .*it is given \(.*float32\[32,16\]\), and the plan is for \(.*float32\[64,16\]\)"
+    with pytest.raises(ValueError, match=said):
+        jax.grad(checkpoint(mean_of, plan=found))(KERNEL, X[:32])
+    step = jax.grad(lambda kernel: (head := checkpoint(mean_of, plan="auto"))(kernel, X) + head(kernel, X[:32]))
+    with pytest.raises(ValueError, match="mean_of: what has plan='auto' is run twice in the step, given"):
+        plan(step, KERNEL, budget="1GiB", target="cpu", progress=False)
 
 
 def test_a_stack_is_explained_beside_a_planned_head():
     stack = checkpoint_scan(block, plan="auto:blocks")
-    head = checkpoint(loss_of, plan="auto:head")
-    assert explain(lambda w, kernel: head(kernel, stack(w, X)), W, KERNEL).block == "block"
+    found = plan(jax.grad(checkpoint(loss_of, plan="auto")), KERNEL, X, budget="1GiB", target="cpu", progress=False)
+    of_another = checkpoint(lambda kernel, x: 2 * loss_of(kernel, x), plan=found)
+    for head in (checkpoint(loss_of, plan="auto:head"), of_another):
+        assert explain(lambda w, kernel, head=head: head(kernel, stack(w, X)), W, KERNEL).block == "block"
 
 
 def test_a_head_inside_of_a_block_is_no_part_of_the_plan():
@@ -145,6 +163,41 @@ def test_a_head_inside_of_a_block_is_no_part_of_the_plan():
     stack = checkpoint_scan(lambda w, x: x + inner(w, x), plan="auto:blocks")
     step = jax.grad(lambda w: stack(w, X).sum())
     assert list(plan(step, W, budget="1GiB", target="cpu", progress=False).stacks) == ["blocks"]
+
+
+@pytest.mark.parametrize("inner_plan", ["auto:inner", "auto"])
+def test_what_is_planned_inside_of_a_head_is_no_part_of_the_plan(inner_plan):
+    def whole(w, kernel):
+        inner = checkpoint(lambda x: jnp.tanh(x), plan=inner_plan)
+        return loss_of(kernel, inner(checkpoint_scan(block, plan="auto:blocks")(w, X)))
+
+    step = jax.value_and_grad(checkpoint(whole, plan="auto"), argnums=(0, 1))
+    found = plan(step, W, KERNEL, objective="memory", target="cpu", progress=False)
+    assert list(found.stacks) == [""]
+    assert relative_error(jax.jit(found.around(step))(W, KERNEL), WANT_OF_TANH) < 1e-5
+    pinned = jax.value_and_grad(checkpoint(whole, plan=found), argnums=(0, 1))
+    assert relative_error(jax.jit(pinned)(W, KERNEL), WANT_OF_TANH) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"blocks_per_ckpt": 1},
+        {"snapshots": 1, "engine": "reversal"},
+        {"engine": "reversal"},
+        {"offload_carry": True, "engine": "reversal"},
+    ],
+    ids=str,
+)
+def test_what_only_stacks_have_is_refused_in_a_plan(knobs, tmp_path):
+    found = plan(jax.grad(checkpoint(loss_of, plan="auto")), KERNEL, X, budget="1GiB", target="cpu", progress=False)
+    edited = dataclasses.replace(found, stacks={"": dataclasses.replace(found[""], knobs=Knobs(**knobs))})
+    edited.save(tmp_path / "plan.json")
+    said = rf"loss_of: its plan says {next(iter(knobs))}.*which only stacks of blocks have"
+    with pytest.raises(ValueError, match=said):
+        checkpoint(loss_of, plan=tmp_path / "plan.json")(KERNEL, X)
+    with pytest.raises(ValueError, match=said):
+        edited.around(checkpoint(loss_of, plan="auto"))(KERNEL, X)
 
 
 def test_bad_input():
