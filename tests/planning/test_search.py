@@ -185,10 +185,10 @@ def test_tiles_are_a_knob_of_the_plan(monkeypatch, tmp_path):
 def test_slices_take_less_and_longer(monkeypatch):
     slice_small_values(monkeypatch)
     (stack,) = search._stacks(STEP, (W, jnp.ones((512, WIDTH))), REFERENCE)[0].values()
-    settings = Knobs(), Knobs(stages="auto"), Knobs(tiles="auto")
-    whole, in_stages, in_tiles = (stack._option(knobs, stack._kept_none()) for knobs in settings)
-    assert whole.seconds < in_stages.seconds < in_tiles.seconds
-    assert whole.block_bytes >= in_stages.block_bytes > 2 * in_tiles.block_bytes
+    settings = Knobs(), Knobs(stages="auto"), Knobs(tiles="auto"), Knobs(tiles=64)
+    whole, in_stages, in_tiles, leanest = (stack._option(knobs, stack._kept_none()) for knobs in settings)
+    assert whole.seconds < in_stages.seconds < in_tiles.seconds < leanest.seconds
+    assert whole.block_bytes >= in_stages.block_bytes > 2 * in_tiles.block_bytes > 2 * leanest.block_bytes
 
 
 def test_gradients_under_a_plan_are_those_without(range_of_peaks):
