@@ -8,7 +8,7 @@ one that is farthest from those tried first.
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,11 +36,13 @@ class Batch:
     Fields:
         plan: the fastest setting that fits; None where none does, or the step cannot be run with so many.
         reason: why there is none.
+        is_too_large: whether that is because it does not fit, so that nothing larger does.
     """
 
     size: int
     plan: Plan | None
     reason: str = ""
+    is_too_large: bool = False
 
     @property
     def seconds(self) -> float | None:
@@ -185,37 +187,45 @@ def batches(made: OfSize, sizes: Iterable[int], plans: int = PLANS, **how: Any) 
     ordered = _checked_sizes(sizes)
     if not is_integer(plans) or plans < 1:
         raise ValueError(f"plans, how many are made at most, is an integer of at least 1; got {plans!r}")
-    found: dict[int, Batch] = {}
-    fits: dict[int, bool | None] = {}  # None where the step cannot be run with so many
-    errors: dict[int, Exception] = {}
-    while len(found) < plans and (size := _next_size(ordered, fits)) is not None:
+    tried: list[Batch] = []
+    why: Exception | None = None  # none fits: of the smallest that is too large, or else of the first that cannot be run
+    while (size := _next_size(ordered, tried, plans)) is not None:
         try:
             step, args = made(size)
-            found[size], fits[size] = Batch(size, plan(step, *args, **how)), True
+            tried.append(Batch(size, plan(step, *args, **how)))
         except TooLittle as error:
             reason = f"does not fit: the least possible is {size_text(error.least_bytes)}"
-            found[size], fits[size], errors[size] = Batch(size, None, reason), False, error
+            tried.append(Batch(size, None, reason, is_too_large=True))
+            why = TooLittle(f"{error}. That is for a batch of {size}", error.least_bytes)
         except Exception as error:
             # A size that the step cannot be run with, by its own splits say, is none of the others' business.
-            found[size], fits[size], errors[size] = Batch(size, None, f"cannot be run: {_line(error)}"), None, error
-    if not any(fits.values()):
-        smallest = min(errors, key=lambda size: (fits[size] is None, size))
-        error = errors[smallest]
-        if isinstance(error, TooLittle):
-            raise TooLittle(f"{error}. That is for a batch of {smallest}", error.least_bytes) from None
-        raise error
-    tried = tuple(found[size] for size in sorted(found))
-    return Batches(tried, tuple(size for size in ordered if size not in found))
+            tried.append(Batch(size, None, f"cannot be run: {_line(error)}"))
+            why = why or error
+    if why is not None and not any(batch.plan for batch in tried):
+        raise why
+    asked = {batch.size for batch in tried}
+    return Batches(
+        tried=tuple(sorted(tried, key=lambda batch: batch.size)),
+        not_tried=tuple(size for size in ordered if size not in asked),
+    )
 
 
-def _next_size(sizes: Sequence[int], fits: Mapping[int, bool | None]) -> int | None:
-    """The size to try next: by bisection for the largest that fits, then the one below it farthest from those tried."""
-    largest = max((size for size, yes in fits.items() if yes), default=0)
-    too_large = min((size for size, yes in fits.items() if yes is False), default=math.inf)
-    left = [size for size in sizes if size not in fits and size < too_large]
-    if above := [size for size in left if size > largest]:
+def _next_size(sizes: Sequence[int], tried: Sequence[Batch], plans: int) -> int | None:
+    """The size to try next: by bisection for the largest that fits, then the one below it farthest from those tried.
+
+    The last plan goes to the smallest where none fits yet.
+    """
+    asked = [batch.size for batch in tried]
+    fitting = [batch.size for batch in tried if batch.plan is not None]
+    too_large = min((batch.size for batch in tried if batch.is_too_large), default=math.inf)
+    left = [size for size in sizes if size < too_large and size not in asked]
+    if not left or len(tried) == plans:
+        return None
+    if not fitting and len(tried) == plans - 1:
+        return left[0]
+    if above := [size for size in left if size > max(fitting, default=0)]:
         return above[len(above) // 2]
-    return max(left, key=lambda size: min(abs(size - other) for other in fits), default=None)
+    return max(left, key=lambda size: min(abs(size - other) for other in asked))
 
 
 def _checked_sizes(sizes: Iterable[int]) -> list[int]:

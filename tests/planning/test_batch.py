@@ -8,11 +8,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxckpt import checkpoint_scan, largest_batch
-from jaxckpt.planning.batch import _batched, _next_size
+from jaxckpt._plan import Candidate, Plan
+from jaxckpt.planning.batch import Batch, _batched, _next_size
 
 W, X = jnp.ones((6, 32, 32)), jnp.ones((8, 32))
 STACK = checkpoint_scan(lambda w, x: x + jnp.tanh(x @ w), plan="auto")
 HOW = {"budget": "1MiB", "target": "cpu", "progress": False}
+CANDIDATE = Candidate("nothing, scan", predicted_bytes=0, seconds=0.0, forward_runs=2.0, peak_bytes=2**20)
+PLAN = Plan({}, "cpu", "time", 2**20, CANDIDATE, (CANDIDATE,), least_bytes=0, most_bytes=0)
 
 
 def step(w, x):
@@ -79,17 +82,35 @@ def test_not_even_the_smallest_fits():
         largest_batch(step, W, X, in_axes=(None, 0), sizes=[8192, 4096], **HOW | {"budget": "100KiB"})
 
 
+def sizes_in_order(sizes, outcome, plans):
+    """The sizes that are tried, where `outcome` says what becomes of one: "fits", "too large"."""
+    tried = []
+    while (size := _next_size(sizes, tried, plans)) is not None:
+        found = outcome(size)
+        tried.append(Batch(size, PLAN if found == "fits" else None, is_too_large=found == "too large"))
+    asked = [batch.size for batch in tried]
+    assert len(asked) == len(set(asked))
+    return asked
+
+
 @pytest.mark.parametrize("number, most", [(1, 1), (7, 3), (40, 17), (40, 40), (40, 0)])
 def test_sizes_in_order(number, most):
-    sizes, fits, asked = list(range(1, number + 1)), {}, []
-    while (size := _next_size(sizes, fits)) is not None:
-        asked.append(size)
-        fits[size] = size <= most
-    assert len(asked) == len(set(asked))
+    asked = sizes_in_order(range(1, number + 1), lambda size: "fits" if size <= most else "too large", plans=100)
     assert {size for size in asked if size <= most} == set(range(1, most + 1))
     of_bisection = number.bit_length()
     assert most in asked[:of_bisection] or most == 0
     assert most == number or most + 1 in asked[:of_bisection]
+
+
+@pytest.mark.parametrize("plans", [1, 2, 3])
+def test_the_last_plan_is_for_the_smallest_where_none_fits(plans):
+    asked = sizes_in_order(range(1, 101), lambda size: "fits" if size <= 5 else "too large", plans)
+    assert len(asked) == plans and asked[-1] == 1
+
+
+def test_only_the_smallest_fits():
+    found = largest_batch(step, W, X, in_axes=(None, 0), sizes=[2**k for k in range(5, 25)], plans=2, **HOW)
+    assert found.largest.size == 32 and len(found.tried) == 2
 
 
 @pytest.mark.parametrize(
