@@ -24,6 +24,7 @@ from jaxckpt.planning.rounds import COMPILATIONS
 from jaxckpt.planning.search import TooLittle, plan
 
 PLANS = 8
+_FAILURES = 4  # sizes that the step cannot be run with, and none that fits: then it has a bug
 _ALIKE = 0.999  # throughputs that the time model does not tell apart
 
 OfSize = Callable[[int], tuple[Callable[..., Any], tuple[Any, ...]]]
@@ -200,7 +201,7 @@ def batches(made: OfSize, sizes: Iterable[int], plans: int = PLANS, **how: Any) 
         except Exception as error:
             # A size that the step cannot be run with, by its own splits say, is none of the others' business.
             tried.append(Batch(size, None, f"cannot be run: {_line(error)}"))
-            why = why or error
+            why = why or error  # a bug would fail with all of them alike
     if why is not None and not any(batch.plan for batch in tried):
         raise why
     asked = {batch.size for batch in tried}
@@ -213,19 +214,34 @@ def batches(made: OfSize, sizes: Iterable[int], plans: int = PLANS, **how: Any) 
 def _next_size(sizes: Sequence[int], tried: Sequence[Batch], plans: int) -> int | None:
     """The size to try next: by bisection for the largest that fits, then the one below it farthest from those tried.
 
-    The last plan goes to the smallest where none fits yet.
+    The last plan goes to the smallest where none fits yet. What cannot be run fails soon, and is no plan. As a rule such sizes
+    lack a divisor, of devices or micro-batches, so that rounder ones go first, and alone after as many failures as plans.
     """
     asked = [batch.size for batch in tried]
     fitting = [batch.size for batch in tried if batch.plan is not None]
-    too_large = min((batch.size for batch in tried if batch.is_too_large), default=math.inf)
-    left = [size for size in sizes if size < too_large and size not in asked]
-    if not left or len(tried) == plans:
+    too_large = [batch.size for batch in tried if batch.is_too_large]
+    failed = [batch.size for batch in tried if batch.plan is None and not batch.is_too_large]
+    left = [size for size in sizes if size < min(too_large, default=math.inf) and size not in asked]
+    plans_left = plans - len(fitting) - len(too_large)
+    if not left or not plans_left or (not fitting and len(failed) == _FAILURES):
         return None
-    if not fitting and len(tried) == plans - 1:
-        return left[0]
+
+    def rounder(sizes: list[int]) -> list[int]:
+        return [size for size in sizes if _roundness(size) > max(map(_roundness, failed), default=0)]
+
+    if not fitting and plans_left == 1:
+        return (rounder(left) or left)[0]
+    left = rounder(left) if len(failed) >= plans else left
     if above := [size for size in left if size > max(fitting, default=0)]:
+        above = rounder(above) or above
         return above[len(above) // 2]
-    return max(left, key=lambda size: min(abs(size - other) for other in asked))
+    below = rounder(left) or left
+    return max(below, key=lambda size: min(abs(size - other) for other in asked), default=None)
+
+
+def _roundness(size: int) -> int:
+    """The largest power of two that divides it."""
+    return size & -size
 
 
 def _checked_sizes(sizes: Iterable[int]) -> list[int]:

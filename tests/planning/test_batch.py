@@ -83,7 +83,7 @@ def test_not_even_the_smallest_fits():
 
 
 def sizes_in_order(sizes, outcome, plans):
-    """The sizes that are tried, where `outcome` says what becomes of one: "fits", "too large"."""
+    """The sizes that are tried, where `outcome` says what becomes of one: "fits", "too large", "fails"."""
     tried = []
     while (size := _next_size(sizes, tried, plans)) is not None:
         found = outcome(size)
@@ -106,6 +106,41 @@ def test_sizes_in_order(number, most):
 def test_the_last_plan_is_for_the_smallest_where_none_fits(plans):
     asked = sizes_in_order(range(1, 101), lambda size: "fits" if size <= 5 else "too large", plans)
     assert len(asked) == plans and asked[-1] == 1
+
+
+@pytest.mark.parametrize("divisor, step", [(2, 1), (8, 1), (12, 4), (16, 8)])
+def test_sizes_that_cannot_be_run_with_are_no_plans(divisor, step):
+    def outcome(size):
+        return "fails" if size % divisor else "fits" if size <= 72 else "too large"
+
+    asked = sizes_in_order(range(step, 129, step), outcome, plans=6)
+    assert max(size for size in asked if outcome(size) == "fits") == 72 // divisor * divisor
+    assert sum(outcome(size) == "fails" for size in asked) <= 8
+
+
+def test_the_smallest_that_can_be_run_with():
+    def outcome(size):
+        return "fails" if size % 8 else "fits" if size == 8 else "too large"
+
+    assert sizes_in_order(range(1, 129), outcome, plans=3)[-1] == 8
+
+
+def test_only_so_many_that_cannot_be_run_with():
+    asked = sizes_in_order(range(8, 1025, 8), lambda size: "fits" if size == 520 else "fails", plans=6)
+    assert asked[0] == 520 and len(asked) <= 10
+    assert len(sizes_in_order(range(8, 1025, 8), lambda size: "fails", plans=6)) == 4
+
+
+def test_a_step_with_a_bug_is_run_a_few_times():
+    runs = []
+
+    def broken(w, x):
+        runs.append(x.shape)
+        raise AssertionError(f"what is wrong with {len(x)}")
+
+    with pytest.raises(AssertionError, match="wrong with 264"):  # the first
+        largest_batch(broken, W, X, in_axes=(None, 0), sizes=range(8, 513, 8), **HOW)
+    assert len(runs) == 4
 
 
 def test_only_the_smallest_fits():
