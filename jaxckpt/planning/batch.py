@@ -25,6 +25,7 @@ from jaxckpt.planning.search import TooLittle, plan
 
 PLANS = 8
 _FAILURES = 4  # sizes that the step cannot be run with, and none that fits: then it has a bug
+_OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # what XLA's error says where it cannot even compile so much
 _ALIKE = 0.999  # throughputs that the time model does not tell apart
 
 OfSize = Callable[[int], tuple[Callable[..., Any], tuple[Any, ...]]]
@@ -200,8 +201,10 @@ def batches(made: OfSize, sizes: Iterable[int], plans: int = PLANS, **how: Any) 
             why = TooLittle(f"{error}. That is for a batch of {size}", error.least_bytes)
         except Exception as error:
             # A size that the step cannot be run with, by its own splits say, is none of the others' business.
-            tried.append(Batch(size, None, f"cannot be run: {_line(error)}"))
-            why = why or error  # a bug would fail with all of them alike
+            is_too_large = _OUT_OF_MEMORY in str(error)
+            reason = f"{'does not fit' if is_too_large else 'cannot be run'}: {_line(error)}"
+            tried.append(Batch(size, None, reason, is_too_large))
+            why = error if is_too_large else why or error
     if why is not None and not any(batch.plan for batch in tried):
         raise why
     asked = {batch.size for batch in tried}

@@ -77,6 +77,19 @@ def test_a_size_that_the_step_cannot_be_run_with_is_out():
         largest_batch(accumulated, W, X, in_axes=(None, 0), sizes=[12, 20], **HOW)
 
 
+def test_memory_that_the_compiler_runs_out_of():
+    def large(w, x):
+        if len(x) > 64:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 2 bytes")
+        return step(w, x)
+
+    found = largest_batch(large, W, X, in_axes=(None, 0), sizes=[32, 64, 128, 256, 512], plans=3, **HOW)
+    assert found.largest.size == 64 and {batch.size for batch in found.tried} == {32, 64, 128}
+    assert found.tried[-1].is_too_large and found.tried[-1].reason.startswith("does not fit: JaxRuntimeError: RESOURCE")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Out of memory"):
+        largest_batch(large, W, X, in_axes=(None, 0), sizes=[128, 256], **HOW)
+
+
 def test_not_even_the_smallest_fits():
     with pytest.raises(ValueError, match=r"budget=100.0 KiB .* is less than this step .* for a batch of 4096"):
         largest_batch(step, W, X, in_axes=(None, 0), sizes=[8192, 4096], **HOW | {"budget": "100KiB"})
