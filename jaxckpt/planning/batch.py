@@ -74,8 +74,14 @@ class Batches:
 
     @property
     def largest(self) -> Batch:
-        """The largest that fits."""
+        """The largest of those tried that fits, and of all if there are none in `may_fit`."""
         return self._fitting[-1]
+
+    @property
+    def may_fit(self) -> tuple[int, ...]:
+        """The sizes not tried that may fit though they are larger than the largest that was found to."""
+        too_large = min((batch.size for batch in self.tried if batch.is_too_large), default=math.inf)
+        return tuple(size for size in self.not_tried if self.largest.size < size < too_large)
 
     @property
     def fastest(self) -> Batch:
@@ -112,10 +118,11 @@ class Batches:
         lines += aligned(rows, right=range(1, 6))
         if self.fastest is not self.largest:
             lines.append(f"  the highest throughput by the time model: a batch of {self.fastest.size}")
-        if self.not_tried:
-            number, first, last = len(self.not_tried), self.not_tried[0], self.not_tried[-1]
-            sizes = f"{first}" if number == 1 else f"{number} sizes from {first} to {last}"
-            lines.append(f"  not tried: {sizes}; plans={2 * len(self.tried)} tries more")
+        smaller = [size for size in self.not_tried if size < self.largest.size]
+        for sizes, said in ((self.may_fit, "and may fit"), (smaller, "and smaller")):
+            if sizes:
+                listed = f"{sizes[0]}" if len(sizes) == 1 else f"{len(sizes)} sizes from {sizes[0]} to {sizes[-1]}"
+                lines.append(f"  not tried, {said}: {listed}; plans={2 * len(self.tried)} tries more")
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
@@ -134,6 +141,7 @@ class Batches:
             "fastest": self.fastest.size,
             "tried": json.loads(json.dumps(tried)),
             "not_tried": list(self.not_tried),
+            "may_fit": list(self.may_fit),
         }
 
 

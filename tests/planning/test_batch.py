@@ -156,6 +156,15 @@ def test_a_step_with_a_bug_is_run_a_few_times():
     assert len(runs) == 4
 
 
+def test_whether_the_largest_is_certain():
+    found = largest_batch(step, W, X, in_axes=(None, 0), sizes=range(64, 961, 64), plans=2, **HOW | {"budget": "2MiB"})
+    assert found.largest.size == 768 and found.may_fit == (832, 896, 960) and found.to_json()["may_fit"] == [832, 896, 960]
+    assert "  not tried, and may fit: 3 sizes from 832 to 960; plans=4 tries more" in str(found)
+    assert "  not tried, and smaller: 10 sizes from 64 to 704; plans=4 tries more" in str(found)
+    found = largest_batch(step, W, X, in_axes=(None, 0), sizes=[64, 512, 2**20, 2**21], plans=3, **HOW | {"budget": "2MiB"})
+    assert found.largest.size == 512 and not found.may_fit and found.not_tried == (2**21,) and "not tried" not in str(found)
+
+
 def test_only_the_smallest_fits():
     found = largest_batch(step, W, X, in_axes=(None, 0), sizes=[2**k for k in range(5, 25)], plans=2, **HOW)
     assert found.largest.size == 32 and len(found.tried) == 2
