@@ -5,7 +5,6 @@ found by bisection, since what fits with more examples fits with fewer, and the 
 one that is farthest from those tried first.
 """
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -53,8 +52,11 @@ class Batch:
 
     @property
     def examples_per_second(self) -> float | None:
-        """The throughput that the time model expects of the stacks alone: what else the step does is not in it."""
-        return None if self.seconds is None else self.size / self.seconds if self.seconds else float("inf")
+        """The throughput that the time model expects of the stacks alone: what else the step does is not in it.
+
+        None where they take no time, too.
+        """
+        return self.size / self.seconds if self.seconds else None
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,8 @@ class Batches:
             chosen = batch.plan.chosen
             mark = "*" if batch is self.largest else ""
             numbers = size_text(batch.plan.peak_bytes), f"{chosen.forward_runs:.2f}", f"{chosen.seconds:.4g}"
-            rows.append((mark, str(batch.size), *numbers, f"{batch.examples_per_second:.4g}", chosen.setting))
+            speed = "" if batch.examples_per_second is None else f"{batch.examples_per_second:.4g}"
+            rows.append((mark, str(batch.size), *numbers, speed, chosen.setting))
         plan = self.largest.plan
         assert plan is not None
         budget = "" if plan.budget_bytes is None else f" in {size_text(plan.budget_bytes)}"
@@ -139,7 +142,7 @@ class Batches:
         return {
             "largest": self.largest.size,
             "fastest": self.fastest.size,
-            "tried": json.loads(json.dumps(tried)),
+            "tried": tried,
             "not_tried": list(self.not_tried),
             "may_fit": list(self.may_fit),
         }

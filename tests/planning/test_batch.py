@@ -1,5 +1,7 @@
 """The largest batch that fits, and which sizes are tried."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -9,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxckpt import checkpoint_scan, largest_batch
 from jaxckpt._plan import Candidate, Plan
-from jaxckpt.planning.batch import Batch, _batched, _next_size
+from jaxckpt.planning.batch import Batch, Batches, _batched, _next_size
 
 W, X = jnp.ones((6, 32, 32)), jnp.ones((8, 32))
 STACK = checkpoint_scan(lambda w, x: x + jnp.tanh(x @ w), plan="auto")
@@ -75,6 +77,14 @@ def test_a_size_that_the_step_cannot_be_run_with_is_out():
     assert found.largest.size == 24 and reasons[12].startswith("cannot be run: TypeError") and not found.not_tried
     with pytest.raises(TypeError, match="reshape"):
         largest_batch(accumulated, W, X, in_axes=(None, 0), sizes=[12, 20], **HOW)
+
+
+def test_stacks_that_take_no_time():
+    found = Batches((Batch(8, PLAN), Batch(16, PLAN)), ())
+    assert found.largest.seconds == 0.0 and found.largest.examples_per_second is None
+    assert found.fastest.size == 16 and "*     16  1.0 MiB          2.00        0" in str(found)
+    told = json.dumps(found.to_json(), allow_nan=False)
+    assert [batch["examples_per_second"] for batch in json.loads(told)["tried"]] == [None, None]
 
 
 def test_memory_that_the_compiler_runs_out_of():
