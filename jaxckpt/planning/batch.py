@@ -280,23 +280,17 @@ def _batched(args: tuple[Any, ...], in_axes: Sequence[Any]) -> Callable[[int], t
             f"arguments; got {in_axes!r:.200}"
         )
     found: dict[str, int] = {}
-    axes: list[Any] = []
-    for i, (arg, given) in enumerate(zip(args, in_axes, strict=True)):
-        if given is None:
-            axes.append(None)
-            continue
+    for i, (axes, arg) in enumerate(zip(in_axes, args, strict=True)):
+        prefix, tree = jax.tree_util.tree_flatten_with_path(axes, is_leaf=_is_none)
         try:
-            spread = jax.tree.broadcast(given, arg, is_leaf=lambda axis: axis is None)
+            parts = tree.flatten_up_to(arg)
         except ValueError as error:
-            raise ValueError(f"in_axes[{i}] is no tree prefix of the argument [{i}]: {error}") from None
-        leaves = jax.tree.leaves_with_path(arg)
-        flat = jax.tree.leaves(spread, is_leaf=lambda axis: axis is None)
-        for (path, leaf), axis in zip(leaves, flat, strict=True):
-            if axis is None:
-                continue
-            name = f"[{i}]{jax.tree_util.keystr(path)}"
-            found[name] = _size_of(leaf, axis, name)
-        axes.append(flat)
+            raise ValueError(f"in_axes[{i}] is no tree prefix of the argument [{i}]: {error!s:.200}") from None
+        for (above, axis), part in zip(prefix, parts, strict=True):
+            leaves = [] if axis is None else jax.tree.leaves_with_path(part)
+            for path, leaf in leaves:
+                name = f"[{i}]{jax.tree_util.keystr((*above, *path))}"
+                found[name] = _size_of(leaf, axis, name)
     if not found:
         raise ValueError("in_axes names no axis: the batch is an axis of at least one argument, in_axes=(None, 0), say")
     if len(set(found.values())) > 1:
@@ -304,9 +298,16 @@ def _batched(args: tuple[Any, ...], in_axes: Sequence[Any]) -> Callable[[int], t
         raise ValueError(f"in_axes names axes of different sizes, which are not one batch: {listed}")
 
     def of_size(size: int) -> tuple[Any, ...]:
-        return tuple(arg if flat is None else _resized(arg, flat, size) for arg, flat in zip(args, axes, strict=True))
+        def resized(axis: Any, part: Any) -> Any:
+            return part if axis is None else jax.tree.map(lambda leaf: _with_size(leaf, axis, size), part)
+
+        return jax.tree.map(resized, tuple(in_axes), args, is_leaf=_is_none)
 
     return of_size
+
+
+def _is_none(axis: Any) -> bool:
+    return axis is None
 
 
 def _size_of(leaf: Any, axis: Any, name: str) -> int:
@@ -316,13 +317,6 @@ def _size_of(leaf: Any, axis: Any, name: str) -> int:
     if not is_integer(axis) or not -len(shape) <= axis < len(shape):
         raise ValueError(f"in_axes names axis {axis!r} of the argument {name}, whose shape is {tuple(shape)}")
     return shape[axis]
-
-
-def _resized(arg: Any, axes: list[Any], size: int) -> Any:
-    leaves, tree = jax.tree.flatten(arg)
-    return jax.tree.unflatten(
-        tree, [leaf if axis is None else _with_size(leaf, axis, size) for leaf, axis in zip(leaves, axes, strict=True)]
-    )
 
 
 def _with_size(leaf: Any, axis: int, size: int) -> jax.ShapeDtypeStruct:

@@ -62,6 +62,16 @@ def test_arguments_as_trees_and_nnx_objects():
     assert found.largest.size == 32
 
 
+def test_none_in_arguments_and_in_axes():
+    tree = {"x": X, "mask": None, "state": [W, None]}
+    for axes in ({"x": 0, "mask": 0, "state": None}, {"x": 0, "mask": None, "state": [None, None]}):
+        w, resized, nothing = _batched((W, tree, None), [None, axes, 0])(16)
+        assert w is W and nothing is None and resized["x"].shape == (16, 32)
+        assert resized["mask"] is None and resized["state"][0] is W and resized["state"][1] is None
+    found = largest_batch(lambda w, x, mask: step(w, x), W, X, None, in_axes=(None, 0, 0), sizes=[16, 32], **HOW)
+    assert found.largest.size == 32
+
+
 def test_shardings_of_a_mesh_stay():
     sharding = NamedSharding(Mesh(jax.devices()[:1], "data"), P("data"))
     (x,) = _batched((jax.ShapeDtypeStruct((8, 4), "float32", sharding=sharding),), (0,))(32)
