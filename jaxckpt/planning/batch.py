@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding
 
 from jaxckpt._plan import Plan
 from jaxckpt._setting import is_integer
@@ -322,5 +321,6 @@ def _size_of(leaf: Any, axis: Any, name: str) -> int:
 def _with_size(leaf: Any, axis: int, size: int) -> jax.ShapeDtypeStruct:
     shape = list(leaf.shape)
     shape[axis] = size
-    sharding = getattr(leaf, "sharding", None)
-    return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding if isinstance(sharding, NamedSharding) else None)
+    is_put = getattr(leaf, "committed", True)  # of arrays that nobody put anywhere the sharding says nothing
+    sharding = getattr(leaf, "sharding", None) if is_put else None
+    return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding, weak_type=jax.typeof(leaf).weak_type)

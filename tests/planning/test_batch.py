@@ -4,9 +4,10 @@ import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxckpt import checkpoint_scan, largest_batch
@@ -76,6 +77,16 @@ def test_shardings_of_a_mesh_stay():
     sharding = NamedSharding(Mesh(jax.devices()[:1], "data"), P("data"))
     (x,) = _batched((jax.ShapeDtypeStruct((8, 4), "float32", sharding=sharding),), (0,))(32)
     assert x.shape == (32, 4) and x.sharding == sharding
+
+
+def test_where_an_array_was_put_and_its_weak_type_stay():
+    put = jax.device_put(X, jax.devices()[0])
+    there = SingleDeviceSharding(jax.devices()[0])
+    shape = jax.ShapeDtypeStruct((8,), "float32", sharding=there)
+    found = _batched((put, shape, X, np.ones((8, 2)), jax.lax.full((8,), 1.0)), (0,) * 5)(16)
+    assert [leaf.shape for leaf in found] == [(16, 32), (16,), (16, 32), (16, 2), (16,)]
+    assert [leaf.sharding for leaf in found] == [there, there, None, None, None]
+    assert [leaf.weak_type for leaf in found] == [False, False, False, False, True]
 
 
 def test_a_size_that_the_step_cannot_be_run_with_is_out():
