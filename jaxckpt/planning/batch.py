@@ -227,8 +227,8 @@ def batches(made: OfSize, sizes: Iterable[int], plans: int = PLANS, **how: Any) 
 def _next_size(sizes: Sequence[int], tried: Sequence[Batch], plans: int) -> int | None:
     """The size to try next: by bisection for the largest that fits, then the one below it farthest from those tried.
 
-    The last plan goes to the smallest where none fits yet. What cannot be run fails soon, and is no plan. As a rule such sizes
-    lack a divisor, of devices or micro-batches, so that rounder ones go first, and alone after as many failures as plans.
+    The last plan goes to the smallest where none fits yet. What cannot be run fails soon, and is no plan. As a rule it lacks
+    a divisor, of devices or micro-batches, so that rounder sizes go first, and alone after as many failures as plans.
     """
     asked = [batch.size for batch in tried]
     fitting = [batch.size for batch in tried if batch.plan is not None]
