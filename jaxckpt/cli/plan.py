@@ -90,14 +90,13 @@ def _planned(options: argparse.Namespace) -> Plan:
 
 
 def _batches(options: argparse.Namespace) -> Batches:
-    for name in ("time", "calibrate"):
-        if getattr(options, name):
-            raise ValueError(f"--{name} looks at one batch, and --batch at several: leave one of them away")
+    if options.time:
+        raise ValueError("--time looks at one batch, and --batch at several: leave one of them away")
     if options.objective == "memory":
         raise ValueError("--batch makes plans for time, and --objective memory is of one batch: leave one of them away")
     if options.step is None and options.model != "transformer":
         raise ValueError(f"--batch: a {options.model} of ours has no batch; take --model transformer, or --step")
-    knobs = ("budget", "target", "compilations")
+    knobs = ("budget", "target", "calibrate", "compilations")
     how = {name: getattr(options, name) for name in knobs}
     return batches(lambda size: _step(options, size), options.batch, options.plans or PLANS, **how)
 
