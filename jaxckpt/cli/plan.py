@@ -109,12 +109,13 @@ def _check_time(options: argparse.Namespace) -> None:
         raise ValueError("--time chooses the fastest, and --objective memory the least memory: leave one of them away")
 
 
-def _step(options: argparse.Namespace, batch: int | None = None) -> tuple[Any, tuple[Any, ...]]:
+def _step(options: argparse.Namespace, *batch: int) -> tuple[Any, tuple[Any, ...]]:
+    """The step and its arguments, for a batch of that size if one is given."""
     if options.step is None:
-        fn, *args = gradient(chosen_stack(options, batch, plan="auto"))
+        fn, *args = gradient(chosen_stack(options, *batch, plan="auto"))
         return fn, _arrays(tuple(args), options.target) if options.time else tuple(args)
     refuse_sizes(options, "--step")
-    made = made_by(options.step, "--step", *([] if batch is None else [batch]))
+    made = made_by(options.step, "--step", *batch)
     if not isinstance(made, tuple) or len(made) != 2 or not callable(made[0]) or not isinstance(made[1], tuple):
         raise TypeError(
             f"{options.step} must return (step, args), args a tuple of what the step is called with; got {made!r:.200}"
