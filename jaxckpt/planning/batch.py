@@ -22,7 +22,7 @@ from jaxckpt.planning.rounds import COMPILATIONS
 from jaxckpt.planning.search import TooLittle, plan
 
 PLANS = 8
-_FAILURES = 4  # sizes that the step cannot be run with, and none that fits: then it has a bug
+_FAILURES = 4  # sizes that the step cannot be run with, and none that fits, are taken for a bug
 _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # what XLA's error says where it cannot even compile so much
 _ALIKE = 0.999  # throughputs that the time model does not tell apart
 
@@ -165,16 +165,18 @@ def largest_batch(
         step, args: as for `jaxckpt.plan`, with a batch of any size.
         in_axes: for each argument the axis of its examples, or None where it has none (parameters, states), or a tree of
             these, as in `jax.vmap`.
-        sizes: of the batch, that are allowed: `range(8, 129, 8)`, say.
+        sizes: of the batch, that are allowed: `range(8, 129, 8)`, say. Those that the step cannot be run with are left out.
         plans: that are made at most, each of which takes as long as `jaxckpt.plan`.
         budget, target, calibrate, compilations, progress: as for `jaxckpt.plan`.
 
     Returns:
-        `print` it; `.largest` and `.fastest` have a size and a plan, `found[size]` is the plan of one that fits.
+        `print` it; `.largest` and `.fastest` have a size and a plan, `found[size]` is the plan of one that fits, `.may_fit`
+        are larger sizes that there were no plans left for.
 
     Raises:
         ValueError: `in_axes` names no axis of any argument, or axes of different sizes; `sizes` are no numbers of examples;
             or not even the smallest fits, with what `jaxckpt.plan` says of it.
+        Exception: what the step raises, where it cannot be run with the first four sizes.
 
     >>> import jax, jax.numpy as jnp
     >>> from jaxckpt import checkpoint_scan
@@ -239,17 +241,15 @@ def _next_size(sizes: Sequence[int], tried: Sequence[Batch], plans: int) -> int 
     if not left or not plans_left or (not fitting and len(failed) == _FAILURES):
         return None
 
-    def rounder(sizes: list[int]) -> list[int]:
-        return [size for size in sizes if _roundness(size) > max(map(_roundness, failed), default=0)]
+    def hopeful(sizes: list[int]) -> list[int]:
+        rounder = [size for size in sizes if _roundness(size) > max(map(_roundness, failed), default=0)]
+        return rounder or (sizes if len(failed) < max(plans, _FAILURES) else [])
 
     if not fitting and plans_left == 1:
-        return (rounder(left) or left)[0]
-    left = rounder(left) if len(failed) >= plans else left
-    if above := [size for size in left if size > max(fitting, default=0)]:
-        above = rounder(above) or above
+        return hopeful(left)[0]
+    if above := hopeful([size for size in left if size > max(fitting, default=0)]):
         return above[len(above) // 2]
-    below = rounder(left) or left
-    return max(below, key=lambda size: min(abs(size - other) for other in asked), default=None)
+    return max(hopeful(left), key=lambda size: min(abs(size - other) for other in asked), default=None)
 
 
 def _roundness(size: int) -> int:
