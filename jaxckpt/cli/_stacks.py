@@ -102,7 +102,7 @@ def _number_or_none(text: str, wrong: str) -> int | None:
 
 
 def chosen_stack(options: argparse.Namespace, *batch: int, **knobs: Any) -> Call:
-    """The stack that the options name, with these knobs of `checkpoint_scan`; the transformer for that batch if one is given.
+    """The stack that the options name, with these knobs of `checkpoint_scan`; the transformer for a batch of that size.
 
     Raises:
         ValueError: a knob out of range, or `--stack` does not lead to a function.

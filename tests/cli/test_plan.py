@@ -91,7 +91,10 @@ def test_a_model_as_json(capsys):
         (["--step", "mine:of_batch", "--batch", "64", "--budget", "1KiB"], "That is for a batch of 64"),
         (["--step", "mine:make", "--batch", "64", "--budget", "1MiB"], "--step mine:make raised TypeError: make() takes 0"),
         (["--step", "mine:wrong_step", "--batch", "64", "256", "--budget", "1MiB"], "plan: w and x do not go together"),
-        (["--step", "mine:no_step_of", "--batch", "64", "--budget", "1MiB"], "--step mine:no_step_of raised AssertionError: 64"),
+        (
+            ["--step", "mine:no_step_of", "--batch", "64", "--budget", "1MiB"],
+            "--step mine:no_step_of raised AssertionError: 64",
+        ),
         (["--batch", "2", "--calibrate", "--target", "h200"], "calibrating measures a device, and 'h200' is only described"),
         (["--calibrate", "--target", "h200"], "calibrating measures a device, and 'h200' is only described; take --target"),
     ],
