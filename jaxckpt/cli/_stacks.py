@@ -101,7 +101,7 @@ def _number_or_none(text: str, wrong: str) -> int | None:
     return int(text)
 
 
-def chosen_stack(options: argparse.Namespace, batch: int | None = None, **knobs: Any) -> Call:
+def chosen_stack(options: argparse.Namespace, *batch: int, **knobs: Any) -> Call:
     """The stack that the options name, with these knobs of `checkpoint_scan`; the transformer for a batch of that size.
 
     Raises:
@@ -111,7 +111,7 @@ def chosen_stack(options: argparse.Namespace, batch: int | None = None, **knobs:
     if options.stack is not None:
         refuse_sizes(options, "--stack")
         return _of_user(options.stack, knobs)
-    block, shapes = MODELS[options.model](options.tokens or TOKENS, *([] if batch is None else [batch]))
+    block, shapes = MODELS[options.model](options.tokens or TOKENS, *batch)
     stack = checkpoint_scan(block, options.blocks or BLOCKS, **knobs)(dtype=jnp.bfloat16)
     carry = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
     return Call(stack, (jax.eval_shape(stack.init, jax.random.key(0), *carry), *carry), {})

@@ -12,7 +12,7 @@ from jaxckpt import plan
 from jaxckpt._plan import Plan
 from jaxckpt.cli._errors import EXPECTED, fail
 from jaxckpt.cli._stacks import add_stack_options, chosen_stack, made_by, positive, refuse_sizes
-from jaxckpt.cli.plots import Point, check_plot, draw_batches, draw_memory_against_runs
+from jaxckpt.cli.plots import OfBatch, Point, check_plot, draw_batches, draw_memory_against_runs
 from jaxckpt.cli.report import gradient
 from jaxckpt.memory import targets
 from jaxckpt.planning.batch import PLANS, Batches, batches
@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
         if options.out is not None:  # files first: whoever reads the table may not read on
             chosen.save(options.out)
         if options.plot is not None:
-            _draw(options.plot, found) if isinstance(found, Plan) else draw_batches(options.plot, _title(chosen), found)
+            _draw(options.plot, found) if isinstance(found, Plan) else _draw_batches(options.plot, found)
     except EXPECTED as error:
         return fail("plan", error)
     print(json.dumps(found.to_json(), indent=1) if options.json else found)
@@ -90,14 +90,13 @@ def _planned(options: argparse.Namespace) -> Plan:
 
 
 def _batches(options: argparse.Namespace) -> Batches:
-    for name in ("time", "calibrate"):
-        if getattr(options, name):
-            raise ValueError(f"--{name} looks at one batch, and --batch at several: leave one of them away")
+    if options.time:
+        raise ValueError("--time looks at one batch, and --batch at several: leave one of them away")
     if options.objective == "memory":
         raise ValueError("--batch makes plans for time, and --objective memory is of one batch: leave one of them away")
     if options.step is None and options.model != "transformer":
         raise ValueError(f"--batch: a {options.model} of ours has no batch; take --model transformer, or --step")
-    knobs = ("budget", "target", "compilations")
+    knobs = ("budget", "target", "calibrate", "compilations")
     how = {name: getattr(options, name) for name in knobs}
     return batches(lambda size: _step(options, size), options.batch, options.plans or PLANS, **how)
 
@@ -110,12 +109,13 @@ def _check_time(options: argparse.Namespace) -> None:
         raise ValueError("--time chooses the fastest, and --objective memory the least memory: leave one of them away")
 
 
-def _step(options: argparse.Namespace, batch: int | None = None) -> tuple[Any, tuple[Any, ...]]:
+def _step(options: argparse.Namespace, *batch: int) -> tuple[Any, tuple[Any, ...]]:
+    """The step and its arguments, for a batch of that size if one is given."""
     if options.step is None:
-        fn, *args = gradient(chosen_stack(options, batch, plan="auto"))
+        fn, *args = gradient(chosen_stack(options, *batch, plan="auto"))
         return fn, _arrays(tuple(args), options.target) if options.time else tuple(args)
     refuse_sizes(options, "--step")
-    made = made_by(options.step, "--step", *([] if batch is None else [batch]))
+    made = made_by(options.step, "--step", *batch)
     if not isinstance(made, tuple) or len(made) != 2 or not callable(made[0]) or not isinstance(made[1], tuple):
         raise TypeError(
             f"{options.step} must return (step, args), args a tuple of what the step is called with; got {made!r:.200}"
@@ -140,3 +140,11 @@ def _draw(path: Path, found: Plan) -> None:
     points = [Point(c.forward_runs, c.peak_bytes, c.setting) for c in found.candidates if c.peak_bytes is not None]
     title = _title(found)
     draw_memory_against_runs(path, title, {found.target: points}, {found.target: found.budget_bytes or 0}, "budget")
+
+
+def _draw_batches(path: Path, found: Batches) -> None:
+    """What fits, and the budget."""
+    plans = [(batch, batch.plan) for batch in found.tried if batch.plan is not None]
+    points = [OfBatch(b.size, b.examples_per_second or 0.0, p.peak_bytes, p.chosen.forward_runs) for b, p in plans]
+    largest = found[found.largest.size]
+    draw_batches(path, _title(largest), points, largest.budget_bytes)

@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxckpt.planning.batch import Batches
-
 GIB = 2**30
 FORMATS = (".svg", ".png", ".pdf")
 
@@ -16,6 +14,15 @@ class Point(NamedTuple):
     forward_runs: float
     peak_bytes: int
     label: str
+
+
+class OfBatch(NamedTuple):
+    """A size of the batch: what it costs, and examples per second by the time model."""
+
+    size: int
+    throughput: float
+    peak_bytes: int
+    forward_runs: float
 
 
 def pareto(points: Sequence[Point]) -> list[Point]:
@@ -103,26 +110,24 @@ def _steps(front: Sequence[Point]) -> tuple[list[float], list[float]]:
     return xs, ys
 
 
-def draw_batches(path: Path, title: str, found: Batches) -> None:
-    """Draws the throughput that the time model expects, and the peak, against the size of the batch."""
+def draw_batches(path: Path, title: str, points: Sequence[OfBatch], budget: int | None) -> None:
+    """Draws the throughput that the time model expects, and the peak, against the size of the batch; and the budget."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     throughput: Any = figure.subplots()
     memory = throughput.twinx()
-    fitting = [(batch.size, batch.examples_per_second or 0.0, batch.plan) for batch in found.tried if batch.plan]
-    sizes, speeds, plans = zip(*fitting, strict=True)
-    peaks, budget = [plan.peak_bytes / GIB for plan in plans], plans[-1].budget_bytes
-    throughput.plot(sizes, speeds, "o-", color="C0", label="examples per second, by the time model")
-    memory.plot(sizes, peaks, "s--", color="C1", label="peak")
+    sizes = [p.size for p in points]
+    throughput.plot(sizes, [p.throughput for p in points], "o-", color="C0", label="examples per second, by the time model")
+    memory.plot(sizes, [p.peak_bytes / GIB for p in points], "s--", color="C1", label="peak")
     if budget is not None:
         memory.axhline(budget / GIB, color="C1", linewidth=1, label="budget")
-    for size, speed, plan in fitting:
-        runs = f"{plan.chosen.forward_runs:.2f} runs"
-        throughput.annotate(runs, (size, speed), textcoords="offset points", xytext=(0, 8), ha="center", fontsize=8)
+    for p in points:
+        runs, place = f"{p.forward_runs:.2f} runs", (p.size, p.throughput)
+        throughput.annotate(runs, place, textcoords="offset points", xytext=(0, 8), ha="center", fontsize=8)
     throughput.set(xlabel="batch", ylabel="examples per second (the stacks alone)", title=title)
-    throughput.set_ylim(0, 1.15 * max(speeds))
+    throughput.set_ylim(0, 1.15 * max(p.throughput for p in points) or 1)
     memory.set_ylabel("GiB")
-    memory.set_ylim(0, 1.15 * max(*peaks, (budget or 0) / GIB))
+    memory.set_ylim(0, 1.15 * max(budget or 0, *(p.peak_bytes for p in points)) / GIB)
     figure.legend(loc="outside lower center", ncols=3)
     figure.savefig(path)

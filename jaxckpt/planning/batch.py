@@ -5,15 +5,13 @@ found by bisection, since what fits with more examples fits with fewer, and the 
 one that is farthest from those tried first.
 """
 
-import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding
 
 from jaxckpt._plan import Plan
 from jaxckpt._setting import is_integer
@@ -24,6 +22,8 @@ from jaxckpt.planning.rounds import COMPILATIONS
 from jaxckpt.planning.search import TooLittle, plan
 
 PLANS = 8
+_FAILURES = 4  # sizes that the step cannot be run with, and none that fits, are taken for a bug
+_OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # what XLA's error says where it cannot even compile so much
 _ALIKE = 0.999  # throughputs that the time model does not tell apart
 
 OfSize = Callable[[int], tuple[Callable[..., Any], tuple[Any, ...]]]
@@ -36,11 +36,13 @@ class Batch:
     Fields:
         plan: the fastest setting that fits; None where none does, or the step cannot be run with so many.
         reason: why there is none.
+        is_too_large: whether that is because it does not fit, so that nothing larger does.
     """
 
     size: int
     plan: Plan | None
     reason: str = ""
+    is_too_large: bool = False
 
     @property
     def seconds(self) -> float | None:
@@ -49,8 +51,11 @@ class Batch:
 
     @property
     def examples_per_second(self) -> float | None:
-        """The throughput that the time model expects of the stacks alone: what else the step does is not in it."""
-        return None if self.seconds is None else self.size / self.seconds if self.seconds else float("inf")
+        """The throughput that the time model expects of the stacks alone: what else the step does is not in it.
+
+        None where they take no time, too.
+        """
+        return self.size / self.seconds if self.seconds else None
 
 
 @dataclass(frozen=True)
@@ -70,8 +75,14 @@ class Batches:
 
     @property
     def largest(self) -> Batch:
-        """The largest that fits."""
+        """The largest of those tried that fits, and of all if there are none in `may_fit`."""
         return self._fitting[-1]
+
+    @property
+    def may_fit(self) -> tuple[int, ...]:
+        """The sizes not tried that may fit though they are larger than the largest that was found to."""
+        too_large = min((batch.size for batch in self.tried if batch.is_too_large), default=math.inf)
+        return tuple(size for size in self.not_tried if self.largest.size < size < too_large)
 
     @property
     def fastest(self) -> Batch:
@@ -100,7 +111,8 @@ class Batches:
             chosen = batch.plan.chosen
             mark = "*" if batch is self.largest else ""
             numbers = size_text(batch.plan.peak_bytes), f"{chosen.forward_runs:.2f}", f"{chosen.seconds:.4g}"
-            rows.append((mark, str(batch.size), *numbers, f"{batch.examples_per_second:.4g}", chosen.setting))
+            speed = "" if batch.examples_per_second is None else f"{batch.examples_per_second:.4g}"
+            rows.append((mark, str(batch.size), *numbers, speed, chosen.setting))
         plan = self.largest.plan
         assert plan is not None
         budget = "" if plan.budget_bytes is None else f" in {size_text(plan.budget_bytes)}"
@@ -108,10 +120,11 @@ class Batches:
         lines += aligned(rows, right=range(1, 6))
         if self.fastest is not self.largest:
             lines.append(f"  the highest throughput by the time model: a batch of {self.fastest.size}")
-        if self.not_tried:
-            number, first, last = len(self.not_tried), self.not_tried[0], self.not_tried[-1]
-            sizes = f"{first}" if number == 1 else f"{number} sizes from {first} to {last}"
-            lines.append(f"  not tried: {sizes}; plans={2 * len(self.tried)} tries more")
+        smaller = [size for size in self.not_tried if size < self.largest.size]
+        for sizes, said in ((self.may_fit, "and may fit"), (smaller, "and smaller")):
+            if sizes:
+                listed = f"{sizes[0]}" if len(sizes) == 1 else f"{len(sizes)} sizes from {sizes[0]} to {sizes[-1]}"
+                lines.append(f"  not tried, {said}: {listed}; plans={2 * len(self.tried)} tries more")
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
@@ -128,8 +141,9 @@ class Batches:
         return {
             "largest": self.largest.size,
             "fastest": self.fastest.size,
-            "tried": json.loads(json.dumps(tried)),
+            "tried": tried,
             "not_tried": list(self.not_tried),
+            "may_fit": list(self.may_fit),
         }
 
 
@@ -151,16 +165,18 @@ def largest_batch(
         step, args: as for `jaxckpt.plan`, with a batch of any size.
         in_axes: for each argument the axis of its examples, or None where it has none (parameters, states), or a tree of
             these, as in `jax.vmap`.
-        sizes: of the batch, that are allowed: `range(8, 129, 8)`, say.
+        sizes: of the batch, that are allowed: `range(8, 129, 8)`, say. Those that the step cannot be run with are left out.
         plans: that are made at most, each of which takes as long as `jaxckpt.plan`.
         budget, target, calibrate, compilations, progress: as for `jaxckpt.plan`.
 
     Returns:
-        `print` it; `.largest` and `.fastest` have a size and a plan, `found[size]` is the plan of one that fits.
+        `print` it; `.largest` and `.fastest` have a size and a plan, `found[size]` is the plan of one that fits, `.may_fit`
+        are larger sizes that there were no plans left for.
 
     Raises:
         ValueError: `in_axes` names no axis of any argument, or axes of different sizes; `sizes` are no numbers of examples;
             or not even the smallest fits, with what `jaxckpt.plan` says of it.
+        Exception: what the step raises, where it cannot be run with the first four sizes.
 
     >>> import jax, jax.numpy as jnp
     >>> from jaxckpt import checkpoint_scan
@@ -185,37 +201,60 @@ def batches(made: OfSize, sizes: Iterable[int], plans: int = PLANS, **how: Any) 
     ordered = _checked_sizes(sizes)
     if not is_integer(plans) or plans < 1:
         raise ValueError(f"plans, how many are made at most, is an integer of at least 1; got {plans!r}")
-    found: dict[int, Batch] = {}
-    fits: dict[int, bool | None] = {}  # None where the step cannot be run with so many
-    errors: dict[int, Exception] = {}
-    while len(found) < plans and (size := _next_size(ordered, fits)) is not None:
+    tried: list[Batch] = []
+    why: Exception | None = None  # none fits: of the smallest that is too large, or else of the first that cannot be run
+    while (size := _next_size(ordered, tried, plans)) is not None:
         try:
             step, args = made(size)
-            found[size], fits[size] = Batch(size, plan(step, *args, **how)), True
+            tried.append(Batch(size, plan(step, *args, **how)))
         except TooLittle as error:
             reason = f"does not fit: the least possible is {size_text(error.least_bytes)}"
-            found[size], fits[size], errors[size] = Batch(size, None, reason), False, error
+            tried.append(Batch(size, None, reason, is_too_large=True))
+            why = TooLittle(f"{error}. That is for a batch of {size}", error.least_bytes)
         except Exception as error:
             # A size that the step cannot be run with, by its own splits say, is none of the others' business.
-            found[size], fits[size], errors[size] = Batch(size, None, f"cannot be run: {_line(error)}"), None, error
-    if not any(fits.values()):
-        smallest = min(errors, key=lambda size: (fits[size] is None, size))
-        error = errors[smallest]
-        if isinstance(error, TooLittle):
-            raise TooLittle(f"{error}. That is for a batch of {smallest}", error.least_bytes) from None
-        raise error
-    tried = tuple(found[size] for size in sorted(found))
-    return Batches(tried, tuple(size for size in ordered if size not in found))
+            is_too_large = _OUT_OF_MEMORY in str(error)
+            reason = f"{'does not fit' if is_too_large else 'cannot be run'}: {_line(error)}"
+            tried.append(Batch(size, None, reason, is_too_large))
+            why = error if is_too_large else why or error
+    if why is not None and not any(batch.plan for batch in tried):
+        raise why
+    asked = {batch.size for batch in tried}
+    return Batches(
+        tried=tuple(sorted(tried, key=lambda batch: batch.size)),
+        not_tried=tuple(size for size in ordered if size not in asked),
+    )
 
 
-def _next_size(sizes: Sequence[int], fits: Mapping[int, bool | None]) -> int | None:
-    """The size to try next: by bisection for the largest that fits, then the one below it farthest from those tried."""
-    largest = max((size for size, yes in fits.items() if yes), default=0)
-    too_large = min((size for size, yes in fits.items() if yes is False), default=math.inf)
-    left = [size for size in sizes if size not in fits and size < too_large]
-    if above := [size for size in left if size > largest]:
+def _next_size(sizes: Sequence[int], tried: Sequence[Batch], plans: int) -> int | None:
+    """The size to try next: by bisection for the largest that fits, then the one below it farthest from those tried.
+
+    The last plan goes to the smallest where none fits yet. What cannot be run fails soon, and is no plan. As a rule it lacks
+    a divisor, of devices or micro-batches, so that rounder sizes go first, and alone after as many failures as plans.
+    """
+    asked = [batch.size for batch in tried]
+    fitting = [batch.size for batch in tried if batch.plan is not None]
+    too_large = [batch.size for batch in tried if batch.is_too_large]
+    failed = [batch.size for batch in tried if batch.plan is None and not batch.is_too_large]
+    left = [size for size in sizes if size < min(too_large, default=math.inf) and size not in asked]
+    plans_left = plans - len(fitting) - len(too_large)
+    if not left or not plans_left or (not fitting and len(failed) == _FAILURES):
+        return None
+
+    def hopeful(sizes: list[int]) -> list[int]:
+        rounder = [size for size in sizes if _roundness(size) > max(map(_roundness, failed), default=0)]
+        return rounder or (sizes if len(failed) < max(plans, _FAILURES) else [])
+
+    if not fitting and plans_left == 1:
+        return hopeful(left)[0]
+    if above := hopeful([size for size in left if size > max(fitting, default=0)]):
         return above[len(above) // 2]
-    return max(left, key=lambda size: min(abs(size - other) for other in fits), default=None)
+    return max(hopeful(left), key=lambda size: min(abs(size - other) for other in asked), default=None)
+
+
+def _roundness(size: int) -> int:
+    """The largest power of two that divides it."""
+    return size & -size
 
 
 def _checked_sizes(sizes: Iterable[int]) -> list[int]:
@@ -240,23 +279,17 @@ def _batched(args: tuple[Any, ...], in_axes: Sequence[Any]) -> Callable[[int], t
             f"arguments; got {in_axes!r:.200}"
         )
     found: dict[str, int] = {}
-    axes: list[Any] = []
-    for i, (arg, given) in enumerate(zip(args, in_axes, strict=True)):
-        if given is None:
-            axes.append(None)
-            continue
+    for i, (axes, arg) in enumerate(zip(in_axes, args, strict=True)):
+        prefix, tree = jax.tree_util.tree_flatten_with_path(axes, is_leaf=_is_none)
         try:
-            spread = jax.tree.broadcast(given, arg, is_leaf=lambda axis: axis is None)
+            parts = tree.flatten_up_to(arg)
         except ValueError as error:
-            raise ValueError(f"in_axes[{i}] is no tree prefix of the argument [{i}]: {error}") from None
-        leaves = jax.tree.leaves_with_path(arg)
-        flat = jax.tree.leaves(spread, is_leaf=lambda axis: axis is None)
-        for (path, leaf), axis in zip(leaves, flat, strict=True):
-            if axis is None:
-                continue
-            name = f"[{i}]{jax.tree_util.keystr(path)}"
-            found[name] = _size_of(leaf, axis, name)
-        axes.append(flat)
+            raise ValueError(f"in_axes[{i}] is no tree prefix of the argument [{i}]: {error!s:.200}") from None
+        for (above, axis), part in zip(prefix, parts, strict=True):
+            leaves = [] if axis is None else jax.tree.leaves_with_path(part)
+            for path, leaf in leaves:
+                name = f"[{i}]{jax.tree_util.keystr((*above, *path))}"
+                found[name] = _size_of(leaf, axis, name)
     if not found:
         raise ValueError("in_axes names no axis: the batch is an axis of at least one argument, in_axes=(None, 0), say")
     if len(set(found.values())) > 1:
@@ -264,9 +297,16 @@ def _batched(args: tuple[Any, ...], in_axes: Sequence[Any]) -> Callable[[int], t
         raise ValueError(f"in_axes names axes of different sizes, which are not one batch: {listed}")
 
     def of_size(size: int) -> tuple[Any, ...]:
-        return tuple(arg if flat is None else _resized(arg, flat, size) for arg, flat in zip(args, axes, strict=True))
+        def resized(axis: Any, part: Any) -> Any:
+            return part if axis is None else jax.tree.map(lambda leaf: _with_size(leaf, axis, size), part)
+
+        return jax.tree.map(resized, tuple(in_axes), args, is_leaf=_is_none)
 
     return of_size
+
+
+def _is_none(axis: Any) -> bool:
+    return axis is None
 
 
 def _size_of(leaf: Any, axis: Any, name: str) -> int:
@@ -278,15 +318,9 @@ def _size_of(leaf: Any, axis: Any, name: str) -> int:
     return shape[axis]
 
 
-def _resized(arg: Any, axes: list[Any], size: int) -> Any:
-    leaves, tree = jax.tree.flatten(arg)
-    return jax.tree.unflatten(
-        tree, [leaf if axis is None else _with_size(leaf, axis, size) for leaf, axis in zip(leaves, axes, strict=True)]
-    )
-
-
 def _with_size(leaf: Any, axis: int, size: int) -> jax.ShapeDtypeStruct:
     shape = list(leaf.shape)
     shape[axis] = size
-    sharding = getattr(leaf, "sharding", None)
-    return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding if isinstance(sharding, NamedSharding) else None)
+    is_put = getattr(leaf, "committed", True)  # of arrays that nobody put anywhere the sharding says nothing
+    sharding = getattr(leaf, "sharding", None) if is_put else None
+    return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding, weak_type=jax.typeof(leaf).weak_type)

@@ -3,7 +3,9 @@ import json
 
 import pytest
 
+from jaxckpt.analysis.cost import CPU
 from jaxckpt.cli import _stacks, main
+from jaxckpt.memory import calibrate
 from jaxckpt.models import TransformerBlock
 
 MAKE = """
@@ -18,6 +20,17 @@ def make():
 def of_batch(size):
     step, (w, _) = make()
     return step, (w, jax.ShapeDtypeStruct((size, 32), "float32"))
+
+def wrong_step(size=64, error=ValueError):
+    def step(w, x):
+        raise error("w and x do not go together")
+    return step, of_batch(size)[1]
+
+def step_with_a_bug(size=64):
+    return wrong_step(size, AssertionError)
+
+def no_step_of(size):
+    assert size < 8, size
 
 def no_step():
     return 3
@@ -74,9 +87,15 @@ def test_a_model_as_json(capsys):
         (["--plans", "3"], "--plans is of --batch, which lists the sizes"),
         (["--batch", "8", "--model", "pairformer"], "--batch: a pairformer of ours has no batch"),
         (["--batch", "8", "--objective", "memory"], "--batch makes plans for time, and --objective memory is of one batch"),
-        (["--batch", "8", "--calibrate"], "--calibrate looks at one batch, and --batch at several"),
+        (["--batch", "8", "--time"], "--time looks at one batch, and --batch at several"),
         (["--step", "mine:of_batch", "--batch", "64", "--budget", "1KiB"], "That is for a batch of 64"),
         (["--step", "mine:make", "--batch", "64", "--budget", "1MiB"], "--step mine:make raised TypeError: make() takes 0"),
+        (["--step", "mine:wrong_step", "--batch", "64", "256", "--budget", "1MiB"], "plan: w and x do not go together"),
+        (
+            ["--step", "mine:no_step_of", "--batch", "64", "--budget", "1MiB"],
+            "--step mine:no_step_of raised AssertionError: 64",
+        ),
+        (["--batch", "2", "--calibrate", "--target", "h200"], "calibrating measures a device, and 'h200' is only described"),
         (["--calibrate", "--target", "h200"], "calibrating measures a device, and 'h200' is only described; take --target"),
     ],
     ids=lambda value: str(value)[:30],
@@ -96,6 +115,20 @@ def test_the_largest_batch(capsys, folder):
     assert code == 0 and told["largest"] == 1024 and len(told["tried"]) == 2
     planned = next(row for row in told["tried"] if row["size"] == 1024)["plan"]
     assert json.loads((folder / "plan.json").read_text())["stacks"] == planned["stacks"]
+
+
+@pytest.mark.parametrize("batch", [[], ["--batch", "64", "256"]])
+def test_a_bug_in_the_step_has_its_traceback(capsys, folder, batch):
+    with pytest.raises(AssertionError, match="w and x do not go together"):
+        run(capsys, "--step", "mine:step_with_a_bug", *batch, "--budget", "1MiB")
+
+
+def test_rates_are_measured_for_batches_too(capsys, folder, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    monkeypatch.setattr(calibrate, "_measured", lambda target: CPU._replace(memory_bandwidth=1e7, fresh_bandwidth=1e7))
+    arguments = ["--step", "mine:of_batch", "--batch", "256", "--budget", "2MiB", "--json"]
+    guessed, measured = (json.loads(run(capsys, *arguments, *more)[1])["tried"][0] for more in ([], ["--calibrate"]))
+    assert measured["examples_per_second"] < guessed["examples_per_second"] / 2
 
 
 def test_a_batch_of_our_transformer(capsys, monkeypatch):
