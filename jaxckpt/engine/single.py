@@ -90,5 +90,7 @@ def checkpointed(closed: Any, keep: JaxPolicy, arrays: list[Any], pieces: Sequen
 
 def is_run_again(closed: Any, pieces: Sequence[Piece], arrays: Sequence[Any]) -> bool:
     """Whether what crosses the cuts is made again, and not kept."""
+    if not pieces:
+        return True
     inputs = sum(jx.nbytes(jax.typeof(x)) for x in arrays)
-    return not pieces or crossing_bytes(closed.jaxpr, pieces) > _HARDLY_MORE * inputs
+    return crossing_bytes(closed.jaxpr, pieces) > _HARDLY_MORE * inputs

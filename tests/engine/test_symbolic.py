@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax import export
 
-from jaxckpt import checkpoint_blocks, checkpoint_scan, explain, plan
+from jaxckpt import checkpoint, checkpoint_blocks, checkpoint_scan, explain, plan
 from tests.support import plain_loop, random_like, relative_error
 
 
@@ -35,7 +35,9 @@ REFUSAL = r"float32\[batch,[13]\] has a size that is a symbol.*'dots'"
 
 
 @pytest.mark.parametrize(
-    "knobs", [{"policy": "cheap"}, {"policy": "budget:0.5"}, {"policy": "budget:1MiB"}, {"stages": "auto"}]
+    "knobs",
+    [{"policy": "cheap"}, {"policy": "budget:0.5"}, {"policy": "budget:1MiB"}, {"stages": "auto"}, {"tiles": "auto"}],
+    ids=str,
 )
 @pytest.mark.parametrize("engine", ["scan", "reversal"])
 def test_what_counts_bytes_refuses_by_name(knobs, engine):
@@ -53,6 +55,15 @@ def test_checkpoint_blocks():
     assert relative_error(export.export(run("dots"))(W, symbolic()).call(W, X), want) < 1e-5
     with pytest.raises(TypeError, match=REFUSAL):
         export.export(run("cheap"))(W, symbolic())
+
+
+def test_checkpoint():
+    step = lambda **knobs: jax.jit(jax.grad(lambda w, x: (checkpoint(block, **knobs)(w, x) ** 2).sum()))  # noqa: E731
+    want = jax.grad(lambda w, x: (block(w, x) ** 2).sum())(W[0], X)
+    for knobs in ({}, {"policy": "dots"}):
+        assert relative_error(export.export(step(**knobs))(W[0], symbolic()).call(W[0], X), want) < 1e-5
+    with pytest.raises(TypeError, match=REFUSAL):
+        export.export(step(tiles="auto"))(W[0], symbolic())
 
 
 def test_explain_and_plan():
