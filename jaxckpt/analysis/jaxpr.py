@@ -75,8 +75,8 @@ def nbytes(aval: Any) -> int:
     if not all(isinstance(size, int) for size in aval.shape):
         raise TypeError(
             f"{aval.dtype}[{','.join(map(str, aval.shape))}] has a size that is a symbol, and bytes are compared here: the "
-            "policies cheap and budget:, stages, tiles, explain and plan need numbers. Find a plan for a size that is typical "
-            "and export under it by a policy that counts nothing, such as 'dots' or 'save:NAMES', or export for that size"
+            "policies cheap and budget:, stages, tiles, explain and plan need numbers. Find a plan for a typical size and "
+            "export under it by a policy that counts nothing, such as 'dots' or 'save:NAMES', or export for that size"
         )
     return math.prod(aval.shape) * aval.dtype.itemsize
 
