@@ -2,8 +2,8 @@
 
 The fastest within a limit is searched in rounds. A round takes the front, the settings that no other beats in seconds and
 predicted bytes, and lists a few that are spread over it. From the fastest of them on, those that should fit are compiled,
-until one does (after the first that does not the leanest is: where that does not fit either, nothing should). The next round
-is about what lies between that one and the listed one before it, with a model that was corrected by it.
+until one does (after a few that do not the leanest is: where that does not fit either, nothing should). The next round is about
+what lies between that one and the listed one before it, with a model that was corrected by it.
 
 More memory never gives a slower plan, however wrong the model is. Take a small and a large limit. As long as they settle on
 the same, they have the same lists and the same predictions, which depend neither on the limit nor on what was compiled in
@@ -27,6 +27,7 @@ from jaxckpt.planning.peaks import Combination, Known, Peaks, kind
 # 2 to 4 are compiled.
 COMPILATIONS = 24
 OF_LEAST = 12  # of these, while the least memory is searched, where each is compiled
+_IN_VAIN = 3  # compilations of a list, before its leanest is compiled, which says whether any can fit
 _WORTH = 0.998  # of the seconds of the best so far; what is not faster is not worth compiling
 _IN_DOUBT = 1.02  # of what the model says, what the compiler may still do with less
 _BLOCKS = 2  # blocks that are compiled alone for each compilation of the step, while the least memory is searched
@@ -86,8 +87,8 @@ def fastest(
                 rest = [other for other in combinations if kind(other) not in compiler.refused]
                 return fastest(limit, rest, fixed, compiler, compilations)
             given_up, leanest = c.seconds, listed[-1]
-            in_vain = best is None and informed is not None
-            if in_vain and not (fits(leanest, _informed(leanest, peaks, compiler)) or kind(leanest) in compiler.refused):
+            is_hopeless = best is None and len(found) >= _IN_VAIN and not fits(leanest, peaks)
+            if is_hopeless and kind(leanest) not in compiler.refused:
                 break
         if best is None:  # the leanest was listed too
             break
