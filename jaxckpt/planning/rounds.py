@@ -2,8 +2,8 @@
 
 The fastest within a limit is searched in rounds. A round takes the front, the settings that no other beats in seconds and
 predicted bytes, and lists a few that are spread over it. From the fastest of them on, those that should fit are compiled,
-until one does (after a few that do not the leanest is: where that does not fit either, nothing should). The next round is about
-what lies between that one and the listed one before it, with a model that was corrected by it.
+until one does (after a few that do not the leanest is: where that does not fit either, nothing should). The next round is
+about what lies between that one and the listed one before it, with a model that was corrected by it.
 
 More memory never gives a slower plan, however wrong the model is. Take a small and a large limit. As long as they settle on
 the same, they have the same lists and the same predictions, which depend neither on the limit nor on what was compiled in
