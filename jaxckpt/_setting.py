@@ -136,26 +136,33 @@ def _planned(
         return replace(setting, plan=plan.partition(":")[2])
     stack = pinned(plan)
     if length is not None and length != stack.length:
-        raise ValueError(f"the plan is for {stack.length} blocks of {stack.block}, and length is {length}: plan again")
+        raise ValueError(f"the plan is for {stack.length} x {stack.block}, and length is {length}: plan again")
     return replace(with_knobs(setting, stack.knobs), plan=stack)
 
 
 def with_knobs(setting: Setting, knobs: Knobs) -> Setting:
-    """`setting` with the knobs of a plan."""
+    """`setting` with the knobs of a plan.
+
+    Raises:
+        ValueError: they are not allowed, as in a file that was edited.
+    """
     policy = knobs.policy if knobs.policy != "planned" else Policy((Term("planned", chooses=True, values=knobs.kept),))
-    found = make_setting(
-        setting.length,
-        knobs.blocks_per_ckpt,
-        policy,
-        setting.has_aux,
-        setting.per_block,
-        1,
-        knobs.stages,
-        knobs.snapshots,
-        knobs.offload_carry,
-        knobs.engine,
-        tiles=knobs.tiles,
-    )
+    try:
+        found = make_setting(
+            setting.length,
+            knobs.blocks_per_ckpt,
+            policy,
+            setting.has_aux,
+            setting.per_block,
+            1,
+            knobs.stages,
+            knobs.snapshots,
+            knobs.offload_carry,
+            knobs.engine,
+            tiles=knobs.tiles,
+        )
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"a plan says {knobs}, which is not allowed: {error}. Run jaxckpt.plan again") from None
     first = None if knobs.first is None else (knobs.first[0], with_knobs(setting, knobs.first[1]))
     return replace(found, plan=setting.plan, partition_name=setting.partition_name, call=setting.call, first=first)
 

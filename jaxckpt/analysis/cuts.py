@@ -24,6 +24,7 @@ from jaxckpt.analysis.cost import REFERENCE, cost
 from jaxckpt.analysis.flow import last_uses
 
 SLACK = 1.02
+_GAIN = 0.01  # of a run: for less the last piece stays where least crosses the cut before it
 WORTH = 0.1  # of the memory that the block takes whole: what it may cost not to run all of it a third time
 
 
@@ -139,8 +140,9 @@ class _Search:
         for percent in range(int(100 * WORTH)):
             more = peak + whole * percent // 100
             last = self.earliest_last(more)
-            if percent / 100 + WORTH * shares[last] < price:
-                price, cuts = percent / 100 + WORTH * shares[last], self.cuts(more, last)
+            priced = percent / 100 + WORTH * shares[last]
+            if priced < price - WORTH * _GAIN:
+                price, cuts = priced, self.cuts(more, last)
         return cuts
 
     def earliest_last(self, peak: int) -> int:

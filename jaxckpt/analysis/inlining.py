@@ -1,5 +1,6 @@
 """A block as a flat list of what it computes: nested jit taken apart, and nothing twice."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,8 @@ from jax.extend import core
 
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis import sources
+
+_SMALL = 1 / 20  # of the largest value
 
 
 def inlined(closed: Any, checkpoints: bool = False) -> Any:
@@ -84,6 +87,40 @@ def merge(closed: Any) -> tuple[Any, list[int]]:
             renamed.update(zip(eqn.outvars, twin, strict=True))
     found = core.ClosedJaxpr(closed.jaxpr.replace(eqns=eqns, outvars=list(map(now, closed.jaxpr.outvars))), closed.consts)
     return found, numbers
+
+
+def results_last(closed: Any) -> Any:
+    """An inlined jaxpr in which what only small results need is computed behind all else, and sums of it last.
+
+    The mean of a loss over tokens, say, that stands before an accuracy of the same logits: no cut between the logits' last
+    use and that mean would be possible otherwise.
+    """
+    sizes = [jx.nbytes(var.aval) for eqn in closed.jaxpr.eqns for var in eqn.outvars]
+    limit = max(sizes, default=0) * _SMALL
+    needed: set[Any] = set()
+    first: list[Any] = []
+    results: list[Any] = []
+    for eqn in reversed(closed.jaxpr.eqns):
+        given = _given(eqn)
+        is_small = all(jx.nbytes(var.aval) <= limit for var in [*given, *eqn.outvars])
+        if is_small and not eqn.effects and needed.isdisjoint(eqn.outvars):
+            results.append(eqn)
+        else:
+            first.append(eqn)
+            needed.update(given)
+    of_sums: set[Any] = set()
+    last: list[Any] = []
+    for eqn in results[::-1]:
+        entries = lambda variables: max((math.prod(var.aval.shape) for var in variables), default=0)  # noqa: E731
+        if not of_sums.isdisjoint(_given(eqn)) or entries(_given(eqn)) > entries(eqn.outvars):
+            last.append(eqn)
+            of_sums.update(eqn.outvars)
+    between = [eqn for eqn in results[::-1] if of_sums.isdisjoint(eqn.outvars)]
+    return core.ClosedJaxpr(closed.jaxpr.replace(eqns=[*first[::-1], *between, *last]), closed.consts)
+
+
+def _given(eqn: Any) -> list[Any]:
+    return [var for var in eqn.invars if not isinstance(var, core.Literal)]
 
 
 def _computation(eqn: Any) -> Any:

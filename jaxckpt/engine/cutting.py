@@ -74,7 +74,7 @@ def pieces_of(
 ) -> tuple[Any, list[Piece]]:
     """The jaxpr of a block without side effects, inlined, and the pieces that it is cut into; arguments as of `cut`."""
     flat = inlining.inlined(closed, checkpoints=True)
-    flat = inlining.merged(flat) if tiles else flat
+    flat = inlining.results_last(inlining.merged(flat)) if tiles else flat
     asked = enumerate(flat.jaxpr.eqns) if tiles and keep is not nothing else ()
     whole = frozenset(i for i, eqn in asked if is_offloaded(eqn, keep))
     return flat, _pieces(flat, tuple(carried), stages, tiles, whole)

@@ -30,7 +30,7 @@ from jaxckpt.analysis import flow
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.engine.apart import always, apart
 from jaxckpt.engine.kernels import by_kernels, to_be_written
-from jaxckpt.engine.layout import row_major
+from jaxckpt.engine.layout import copies_carries, row_major
 from jaxckpt.engine.offload import to_device, to_host
 from jaxckpt.engine.once import differentiated_once, reverse_only
 from jaxckpt.engine.order import Order, order_of
@@ -72,7 +72,7 @@ def reverse_blocks(parts: Sequence[Part], inputs: Inputs) -> tuple[Arrays, Array
         inputs = primals.like([primal.value for primal in primals.flat()])
         perturbed = primals.like([primal.perturbed for primal in primals.flat()])
         wanted = wanted_inputs([part.step for part in parts], inputs, perturbed)
-        blocks = [_block(part.step, order, inputs, wanted) for part, order in zip(parts, orders, strict=True)]
+        blocks = [_block(part, order, inputs, wanted) for part, order in zip(parts, orders, strict=True)]
         state, saved = (inputs.carry, [zeros(t, length) for t in blocks[0].y_types]), []
         for block, order in zip(blocks, orders, strict=True):
             state, kept = _forward(block, order, inputs, state, is_only=len(parts) == 1)
@@ -83,13 +83,13 @@ def reverse_blocks(parts: Sequence[Part], inputs: Inputs) -> tuple[Arrays, Array
     return run(inputs, reverse_only(inputs.flat()))
 
 
-def _block(step: Step, order: Order, inputs: Inputs, wanted: Inputs) -> ReversedBlock:
+def _block(part: Part, order: Order, inputs: Inputs, wanted: Inputs) -> ReversedBlock:
     # Where chunks share slots, several loops have to agree on layouts. Without, these are the loops of the scan engine.
     shares_slots = order.chunks.start.size > 1 and not order.by_input
-    pin = row_major if shares_slots or order.on_host else lambda x: x
+    pin = row_major if shares_slots or order.on_host or copies_carries(part.setting) else lambda x: x
 
     def pinned(inputs: Inputs) -> tuple[Arrays, Arrays]:
-        carry, ys = step(inputs._replace(carry=list(map(pin, inputs.carry))))
+        carry, ys = part.step(inputs._replace(carry=list(map(pin, inputs.carry))))
         return list(map(pin, carry)), ys
 
     return ReversedBlock(pinned, order.keep, pin, order.stop - order.start == 1, inputs, wanted)

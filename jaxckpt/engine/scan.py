@@ -18,8 +18,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxckpt._setting import Setting
 from jaxckpt.engine.apart import always, apart
-from jaxckpt.engine.kernels import COPIES_ASYNCHRONOUSLY_FROM, by_kernels, keeps_copies, written_by_kernels
-from jaxckpt.engine.layout import row_major
+from jaxckpt.engine.kernels import by_kernels, keeps_copies, written_by_kernels
+from jaxckpt.engine.layout import copies_carries, row_major
 from jaxckpt.engine.offload import CARRY, carry_to_host
 from jaxckpt.policies.grammar import JaxPolicy, everything, nothing
 
@@ -50,7 +50,7 @@ def scan_blocks(
     if per_chunk == 1:
         # One block at a time is alive anyway: keeping less inside it would only run it a third time.
         per_chunk, keep = None, nothing
-    step = _by_kernels(step, keep, has_loops=setting.tiles is not None)
+    step = _by_kernels(step, keep, copies_carries(setting))
     if per_chunk is None:
         return outer(step, keep, carry, xs, length, unroll)
 
@@ -85,20 +85,12 @@ def scan_blocks(
     return carry, jax.tree.map(lambda y, t: jnp.concatenate([y.reshape(cut, *y.shape[2:]), t]), ys, tail)
 
 
-def _by_kernels(step: Step, keep: JaxPolicy, has_loops: bool) -> Step:
+def _by_kernels(step: Step, keep: JaxPolicy, pins_carry: bool) -> Step:
     # What the policy would keep as well is left alone, but for its cotangents.
     of_xs, of_carry = (written_by_kernels, list) if keeps_copies(keep) else (by_kernels, by_kernels)
-    if has_loops and of_carry is by_kernels and jax.__version_info__ < COPIES_ASYNCHRONOUSLY_FROM:
-        of_carry = _in_one_layout
+    if pins_carry and of_carry is by_kernels:  # which do nothing then
+        of_carry = lambda carry: list(map(row_major, carry))  # noqa: E731
     return lambda carry, x: step(of_carry(carry), of_xs(x))
-
-
-def _in_one_layout(carry: list[Any]) -> list[Any]:
-    """Carries that XLA of JAX 0.10 does not lay out otherwise, and so copy whole, for a backward loop with loops in it.
-
-    48 Pairformer blocks of 768 tokens under `tiles="auto"`: 10.5 and not 13.8 GiB, compiled for H200.
-    """
-    return [row_major(leaf) for leaf in carry]
 
 
 def _offsets(x: jax.Array) -> jax.Array | None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxckpt._plan import Plan
 from jaxckpt._setting import is_integer
@@ -258,7 +259,8 @@ def _roundness(size: int) -> int:
 
 
 def _checked_sizes(sizes: Iterable[int]) -> list[int]:
-    given: list[Any] = list(sizes) if isinstance(sizes, Iterable) and not isinstance(sizes, str) else [sizes]
+    is_array = isinstance(sizes, (np.ndarray, jax.Array)) or not isinstance(sizes, Iterable)
+    given: list[Any] = np.asarray(sizes).ravel().tolist() if is_array else list(sizes)
     if not given or not all(is_integer(size) and size >= 1 for size in given):
         raise ValueError(
             f"sizes are those that the batch may have, integers of at least 1, such as range(8, 129, 8); got {sizes!r:.200}"

@@ -33,6 +33,7 @@ from jaxckpt.analysis.tradeoff import Choice, Tradeoff, tradeoff_of
 from jaxckpt.engine.planned import described
 from jaxckpt.engine.run import Run
 from jaxckpt.engine.schedule import whole_runs
+from jaxckpt.engine.single import checkpointed
 from jaxckpt.memory.targets import Target
 from jaxckpt.planning.cuts import STAGES, TILES, cuts_of
 
@@ -121,7 +122,7 @@ class Stack:
         )  # under a choice of values, in which none is made in slices
         self.cuts_where_kept = cuts_of(run, merged, self.carry_bytes, rates, where_kept)
         is_batched = any(jx.is_batched(leaf) for part in run.leaves for leaf in part)
-        self.can_be_alone = run.is_stack and not is_batched and not jx.collective_axes(run.closed)
+        self.can_be_alone = not is_batched and not jx.collective_axes(run.closed)
         xs, carried, arrays = [[_type(leaf) for leaf in part] for part in run.leaves]
         constants = [_type(value) if isinstance(value, Tracer) else value for value in run.closed.consts]
         self.run = replace(run, closed=jx.closed(run.closed.jaxpr, constants), leaves=(xs, carried, arrays))
@@ -129,26 +130,29 @@ class Stack:
     def transient_bytes(self, of_block: Knobs, where: Target) -> int:
         """What the compiled backward pass of the blocks takes beside what it is given and what it returns.
 
-        Only that pass is compiled, of the scan engine without chunks, for gradients of `xs` and the carry, and with the
-        layouts that XLA likes for what is stored, as inside a step.
+        Only that pass is compiled, of the scan engine without chunks, for gradients of `xs` and the carry (of all arrays
+        that what is no stack is given), and with the layouts that XLA likes for what is stored, as inside a step.
         """
         run = self.run.under(with_knobs(self.run.setting, of_block))
         xs, carry, arrays = run.leaves
 
         def forward(inputs: list[Any], arrays: list[Any], constants: list[Any]) -> Any:
-            def last_and_rest(*inputs: Any) -> list[Any]:
+            def outputs(*inputs: Any) -> list[Any]:
+                if not run.is_stack:
+                    return checkpointed(jx.closed(run.closed.jaxpr, constants), run.keep, list(inputs), run.pieces)
                 last, rest = run.execute(constants, list(inputs[: len(xs)]), list(inputs[len(xs) :]), arrays)
                 return [*last, *rest]
 
-            out, pull = jx.vjp_of_inexact(last_and_rest, inputs)
+            out, pull = jx.vjp_of_inexact(outputs, inputs)
             return pull, out
 
-        pull, cotangents = jax.eval_shape(forward, [*xs, *carry], arrays, list(map(_type, run.closed.consts)))
+        given = ([*xs, *carry], arrays) if run.is_stack else (arrays, [])
+        pull, cotangents = jax.eval_shape(forward, *given, list(map(_type, run.closed.consts)))
         leaves, tree = jax.tree.flatten(pull)
-        given = where.place((leaves, cotangents))
+        placed = where.place((leaves, cotangents))
         backward = jax.jit(
             lambda leaves, cotangents: jax.tree.unflatten(tree, leaves)(cotangents),
-            in_shardings=jax.tree.map(lambda leaf: Format(Layout.AUTO, leaf.sharding), given),
+            in_shardings=jax.tree.map(lambda leaf: Format(Layout.AUTO, leaf.sharding), placed),
         )
         sizes = backward.lower(leaves, cotangents).compile().memory_analysis()
         if sizes is None:

@@ -340,7 +340,7 @@ def _stacks(step: Callable[..., Any], args: Any, rates: Any) -> tuple[dict[str, 
     if not found:
         raise ValueError(
             "no stack in the step is to be planned: build one with checkpoint_scan(..., plan='auto'), without other knobs, "
-            "or what is no stack with checkpoint(fn, plan='auto')"
+            "or what is no stack with checkpoint(fn, plan='auto'); inside of another stack's block neither is planned"
         )
     return found, (digest, tuple(str(getattr(leaf, "sharding", None)) for leaf in arrays)), fixed
 

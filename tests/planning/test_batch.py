@@ -45,6 +45,13 @@ def test_the_largest_that_fits():
     assert row["plan"]["stacks"][""]["knobs"] and found.to_json()["largest"] == largest.size
 
 
+@pytest.mark.parametrize(
+    "sizes", [32, np.int64(32), np.array(32), np.array([32]), jnp.array([32]), {32}, range(32, 33)], ids=repr
+)
+def test_sizes_in_any_form(sizes):
+    assert largest_batch(step, W, X, in_axes=(None, 0), sizes=sizes, **HOW).largest.size == 32
+
+
 def test_a_plan_runs_with_its_batch():
     found = largest_batch(step, W, X, in_axes=(None, 0), sizes=[64, 128], **HOW)
     x = jnp.ones((found.largest.size, 32))

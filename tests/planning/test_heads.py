@@ -100,6 +100,40 @@ def test_gradients_under_what_a_plan_may_say(kind, knobs):
     assert relative_error(got, WANT) < 1e-5
 
 
+def early(kernel, x):
+    logits = x @ kernel
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, LABELS).mean()
+    return loss, (logits.argmax(-1) == LABELS).sum()
+
+
+def late(kernel, x):
+    logits = x @ kernel
+    accuracy = (logits.argmax(-1) == LABELS).mean()
+    return optax.softmax_cross_entropy_with_integer_labels(logits, LABELS).mean(), accuracy
+
+
+def of_each(kernel, x):
+    logits = x @ kernel
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, LABELS).mean()
+    return loss, {"right": logits.argmax(-1) == LABELS}
+
+
+@pytest.mark.parametrize("fn", [early, late, of_each])
+def test_sums_beside_the_loss_are_in_the_way_of_no_slices(fn):
+    step = jax.value_and_grad(checkpoint(fn, plan="auto"), has_aux=True)
+    found = plan(step, KERNEL, X, objective="memory", target="cpu", progress=False)
+    assert found[""].knobs.tiles and found.peak_bytes < 0.6 * found.most_bytes
+    numbers = lambda tree: jax.tree.map(lambda leaf: leaf + 0.0, tree)  # noqa: E731
+    got, want = jax.jit(found.around(step))(KERNEL, X), jax.jit(jax.value_and_grad(fn, has_aux=True))(KERNEL, X)
+    assert relative_error(numbers(got), numbers(want)) < 1e-5
+
+
+def test_what_a_head_takes_is_asked_of_the_compiler():
+    step = step_of(checkpoint(loss_of, plan="auto:head"), plan="auto:blocks")
+    found = plan(step, W, KERNEL, objective="memory", target="cpu", progress=False)
+    assert 0.95 < found.chosen.predicted_bytes / found.peak_bytes < 1.05
+
+
 def test_a_head_without_a_stack():
     step = jax.grad(checkpoint(loss_of, plan="auto"))
     found = plan(step, KERNEL, X, objective="memory", target="cpu", progress=False)

@@ -267,13 +267,18 @@ def test_a_plan_for_another_stack_is_refused(saved, changed, said):
 def test_plans_that_cannot_be_used_are_refused_at_once(saved, tmp_path):
     with pytest.raises(ValueError, match=f"made with JAX 0.1, and this is JAX {jax.__version__}"):
         checkpoint_scan(block, plan=saved(jax_version="0.1"))
-    with pytest.raises(ValueError, match="plan is for 12 blocks of block, and length is 6"):
+    with pytest.raises(ValueError, match="plan is for 12 x block, and length is 6"):
         checkpoint_scan(block, 6, plan=saved())
     with pytest.raises(FileNotFoundError):
         checkpoint_scan(block, plan=str(tmp_path / "none.json"))
     for knobs in (Knobs(blocks_per_ckpt=13), Knobs(blocks_per_ckpt=4, snapshots=4)):
         with pytest.raises(ValueError, match=r"is no plan that jaxckpt.plan saved: .*is not for 12 blocks"):
             checkpoint_scan(block, plan=saved(knobs=knobs))
+    for knobs in ({"tiles": "x"}, {"tiles": 0}, {"stages": 2.5}, {"engine": "bogus"}, {"policy": "none such"}):
+        with pytest.raises(
+            ValueError, match=rf"a plan says .*{next(iter(knobs.values()))}.* is not allowed: .*jaxckpt\.plan again"
+        ):
+            checkpoint_scan(block, plan=saved(knobs=Knobs(**knobs)))
     for text in (json.dumps({"format": 2}), json.dumps({"format": 1}), json.dumps({"format": 2, "stacks": {}}), "no"):
         (tmp_path / "no.json").write_text(text)
         with pytest.raises(ValueError, match=r"no\.json is no plan that jaxckpt\.plan saved"):
