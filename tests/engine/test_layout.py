@@ -1,4 +1,4 @@
-"""Layouts are pinned where chunks share slots, carries go to the host or blocks are in slices, for one GPU, and else nowhere."""
+"""Layouts are pinned for one GPU, where chunks share slots, carries go to the host or blocks are in slices, else nowhere."""
 
 from functools import partial
 
