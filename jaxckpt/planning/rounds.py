@@ -65,7 +65,10 @@ def fastest(
 
     def fits(c: Combination, peaks: Peaks) -> bool:
         if c not in found:
-            found[c] = compiler.peak(c, peaks.predicted(c))
+            # What was compiled in vain decides nothing, but whoever reads the prediction should have all that is known.
+            compiled = {other: round(peak) for other, peak in found.items() if peak < math.inf}
+            known = Known({**compiled, **peaks.known.compiled}, peaks.known.transients)
+            found[c] = compiler.peak(c, Peaks(fixed, known).predicted(c))
         return found[c] <= limit
 
     best, given_up, left = None, -math.inf, compilations
