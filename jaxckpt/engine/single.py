@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from jaxckpt._plan import StackPlan
+from jaxckpt._plan import Knobs, StackPlan
 from jaxckpt._setting import Setting
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis.stages import Piece
@@ -45,11 +45,8 @@ def run_under(setting: Setting, closed: Any, arrays: list[Any], names: check.Nam
 
 def _check_planned(setting: Setting, names: check.Names) -> None:
     """Refuses what a plan says of stacks only."""
-    of_stacks = dict(blocks_per_ckpt=setting.blocks_per_ckpt, snapshots=setting.snapshots, first=setting.first)
-    of_stacks |= dict(
-        offload_carry=setting.offload_carry or None, engine=None if setting.engine == "scan" else setting.engine
-    )
-    if found := [name for name, value in of_stacks.items() if value is not None]:
+    of_stacks = ("blocks_per_ckpt", "snapshots", "offload_carry", "engine", "first")
+    if found := [name for name in of_stacks if getattr(setting, name) != getattr(Knobs(), name)]:
         raise ValueError(
             f"{names.block}: its plan says {', '.join(found)}, which only stacks of blocks have: run jaxckpt.plan again"
         )
