@@ -108,15 +108,18 @@ def results_last(closed: Any) -> Any:
         else:
             first.append(eqn)
             needed.update(given)
+    entries = lambda variables: max((math.prod(var.aval.shape) for var in variables), default=0)  # noqa: E731
     of_sums: set[Any] = set()
+    between: list[Any] = []
     last: list[Any] = []
-    for eqn in results[::-1]:
-        entries = lambda variables: max((math.prod(var.aval.shape) for var in variables), default=0)  # noqa: E731
-        if not of_sums.isdisjoint(_given(eqn)) or entries(_given(eqn)) > entries(eqn.outvars):
+    for eqn in reversed(results):
+        given = _given(eqn)
+        if of_sums.isdisjoint(given) and entries(given) <= entries(eqn.outvars):
+            between.append(eqn)
+        else:
             last.append(eqn)
             of_sums.update(eqn.outvars)
-    between = [eqn for eqn in results[::-1] if of_sums.isdisjoint(eqn.outvars)]
-    return core.ClosedJaxpr(closed.jaxpr.replace(eqns=[*first[::-1], *between, *last]), closed.consts)
+    return core.ClosedJaxpr(closed.jaxpr.replace(eqns=[*reversed(first), *between, *last]), closed.consts)
 
 
 def _given(eqn: Any) -> list[Any]:

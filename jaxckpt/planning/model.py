@@ -117,9 +117,8 @@ class Stack:
         carry = [jax.typeof(run.leaves[1][i]) for i in run.moving]
         self.carry_bytes = sum(map(jx.nbytes, carry))
         self.cuts = cuts_of(run, run.closed, self.carry_bytes, rates, (STAGES, *TILES))
-        where_kept = (
-            [STAGES] if self.trade.choices[1:-1] else []
-        )  # under a choice of values, in which none is made in slices
+        # Under a choice of values, where there is one. None of them is made in slices.
+        where_kept = [STAGES] if self.trade.choices[1:-1] else []
         self.cuts_where_kept = cuts_of(run, merged, self.carry_bytes, rates, where_kept)
         is_batched = any(jx.is_batched(leaf) for part in run.leaves for leaf in part)
         self.can_be_alone = not is_batched and not jx.collective_axes(run.closed)

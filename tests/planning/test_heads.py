@@ -24,6 +24,8 @@ OF_HEAD = [
     Knobs(tiles="auto"),
 ]
 
+LEANEST = [Knobs(tiles="auto"), Knobs(tiles=64)]  # which take the same here, but for what the compiler adds
+
 
 @pytest.fixture(autouse=True)
 def small_slices(monkeypatch):
@@ -83,8 +85,8 @@ def test_a_head_is_planned_with_the_stack(kind, tmp_path):
     assert most["head"].knobs.pieces is None
     found = plan(step, W, KERNEL, objective="memory", target="cpu", progress=False)
     assert list(found.stacks) == ["blocks", "head"] and found["head"].length == 1
-    assert found["head"].knobs.tiles and found.peak_bytes < most.peak_bytes
-    assert f"(1 block): {found['head'].knobs}" in str(found) and "(3 blocks)" in str(found)
+    assert found["head"].knobs in LEANEST and found.peak_bytes < most.peak_bytes
+    assert f"(1 block): nothing, tiles={found['head'].knobs.tiles}" in str(found) and "(3 blocks)" in str(found)
     found.save(tmp_path / "plan.json")
     pinned = step_of(HEADS[kind](plan=f"{tmp_path / 'plan.json'}:head"), plan=f"{tmp_path / 'plan.json'}:blocks")
     for run in (found.around(step), pinned, Plan.load(tmp_path / "plan.json").around(step), step):
@@ -122,7 +124,7 @@ def of_each(kernel, x):
 def test_sums_beside_the_loss_are_in_the_way_of_no_slices(fn):
     step = jax.value_and_grad(checkpoint(fn, plan="auto"), has_aux=True)
     found = plan(step, KERNEL, X, objective="memory", target="cpu", progress=False)
-    assert found[""].knobs.tiles and found.peak_bytes < 0.6 * found.most_bytes
+    assert found[""].knobs in LEANEST and found.peak_bytes < 0.6 * found.most_bytes
     numbers = lambda tree: jax.tree.map(lambda leaf: leaf + 0.0, tree)  # noqa: E731
     got, want = jax.jit(found.around(step))(KERNEL, X), jax.jit(jax.value_and_grad(fn, has_aux=True))(KERNEL, X)
     assert relative_error(numbers(got), numbers(want)) < 1e-5
@@ -137,7 +139,7 @@ def test_what_a_head_takes_is_asked_of_the_compiler():
 def test_a_head_without_a_stack():
     step = jax.grad(checkpoint(loss_of, plan="auto"))
     found = plan(step, KERNEL, X, objective="memory", target="cpu", progress=False)
-    assert found[""].knobs.tiles and found[""].block == "loss_of"
+    assert found[""].knobs in LEANEST and found[""].block == "loss_of"
 
 
 def test_forward_runs_of_a_head():
