@@ -51,8 +51,8 @@ class Option(NamedTuple):
         block_bytes: what autodiff wants at once while a block, or its largest piece, is differentiated: a guess at what that
             takes, of which XLA fuses some away.
         seconds: of all blocks, forward and backward. forward_runs: of each block, parts of it by their time.
-        family: options of one family take alike beside what they store: by pieces, by whether there are chunks or snapshots,
-            and by whether carries are on the host.
+        family: options of one family take alike beside what they store: by pieces, by whether there are chunks or snapshots
+            or first blocks that differ, and by whether carries are on the host.
         phases: where the first blocks differ from the others, those of the backward pass, in their order.
     """
 
@@ -67,8 +67,7 @@ class Option(NamedTuple):
     @property
     def family(self) -> tuple[Any, bool, bool]:
         knobs = self.knobs
-        of_first = knobs.pieces if knobs.first is None else knobs.first[1].pieces
-        pieces = knobs.pieces if of_first == knobs.pieces else (of_first, knobs.pieces)
+        pieces = knobs.pieces if knobs.first is None else (knobs.first[1].pieces, knobs.pieces)
         return pieces, bool(knobs.blocks_per_ckpt or knobs.snapshots), knobs.offload_carry
 
     @property
