@@ -5,6 +5,7 @@ found by bisection, since what fits with more examples fits with fewer, and the 
 one that is farthest from those tried first.
 """
 
+import functools
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +20,7 @@ from jaxckpt._setting import is_integer
 from jaxckpt._sizes import size_text
 from jaxckpt._table import aligned
 from jaxckpt.memory import targets
+from jaxckpt.planning.examples import with_batch
 from jaxckpt.planning.rounds import COMPILATIONS
 from jaxckpt.planning.search import TooLittle, plan
 
@@ -191,7 +193,7 @@ def largest_batch(
     """
     if not callable(step):
         raise TypeError(f"largest_batch takes a training step, a function, and then its arguments; got {step!r:.200}")
-    batched = _batched(args, in_axes)
+    batched = with_batch(args, in_axes)
     made = lambda size: (step, batched(size))  # noqa: E731
     how = dict(budget=budget, target=target, calibrate=calibrate, compilations=compilations, progress=progress)
     return batches(made, sizes, plans, **how)
@@ -242,15 +244,18 @@ def _next_size(sizes: Sequence[int], tried: Sequence[Batch], plans: int) -> int 
     if not left or not plans_left or (not fitting and len(failed) == _FAILURES):
         return None
 
-    def hopeful(sizes: list[int]) -> list[int]:
-        rounder = [size for size in sizes if _roundness(size) > max(map(_roundness, failed), default=0)]
-        return rounder or (sizes if len(failed) < max(plans, _FAILURES) else [])
-
+    hopeful = functools.partial(_hopeful, failed=failed, most_failures=max(plans, _FAILURES))
     if not fitting and plans_left == 1:
         return hopeful(left)[0]
     if above := hopeful([size for size in left if size > max(fitting, default=0)]):
         return above[len(above) // 2]
     return max(hopeful(left), key=lambda size: min(abs(size - other) for other in asked), default=None)
+
+
+def _hopeful(sizes: list[int], failed: Sequence[int], most_failures: int) -> list[int]:
+    """Of some sizes those rounder than all that the step could not be run with, or all, up to so many failures."""
+    rounder = [size for size in sizes if _roundness(size) > max(map(_roundness, failed), default=0)]
+    return rounder or (sizes if len(failed) < most_failures else [])
 
 
 def _roundness(size: int) -> int:
@@ -271,58 +276,3 @@ def _checked_sizes(sizes: Iterable[int]) -> list[int]:
 def _line(error: Exception) -> str:
     said = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {said[:200]}"
-
-
-def _batched(args: tuple[Any, ...], in_axes: Sequence[Any]) -> Callable[[int], tuple[Any, ...]]:
-    """The arguments with a batch of so many, as a function of that; what has no batch stays what it is."""
-    if not isinstance(in_axes, (tuple, list)) or len(in_axes) != len(args):
-        raise ValueError(
-            f"in_axes has an entry for each argument, an axis or None or a tree of them, and the step is given {len(args)} "
-            f"arguments; got {in_axes!r:.200}"
-        )
-    found: dict[str, int] = {}
-    for i, (axes, arg) in enumerate(zip(in_axes, args, strict=True)):
-        prefix, tree = jax.tree_util.tree_flatten_with_path(axes, is_leaf=_is_none)
-        try:
-            parts = tree.flatten_up_to(arg)
-        except ValueError as error:
-            raise ValueError(f"in_axes[{i}] is no tree prefix of the argument [{i}]: {error!s:.200}") from None
-        for (above, axis), part in zip(prefix, parts, strict=True):
-            leaves = [] if axis is None else jax.tree.leaves_with_path(part)
-            for path, leaf in leaves:
-                name = f"[{i}]{jax.tree_util.keystr((*above, *path))}"
-                found[name] = _size_of(leaf, axis, name)
-    if not found:
-        raise ValueError("in_axes names no axis: the batch is an axis of at least one argument, in_axes=(None, 0), say")
-    if len(set(found.values())) > 1:
-        listed = ", ".join(f"{size} of {name}" for name, size in found.items())
-        raise ValueError(f"in_axes names axes of different sizes, which are not one batch: {listed}")
-
-    def of_size(size: int) -> tuple[Any, ...]:
-        def resized(axis: Any, part: Any) -> Any:
-            return part if axis is None else jax.tree.map(lambda leaf: _with_size(leaf, axis, size), part)
-
-        return jax.tree.map(resized, tuple(in_axes), args, is_leaf=_is_none)
-
-    return of_size
-
-
-def _is_none(axis: Any) -> bool:
-    return axis is None
-
-
-def _size_of(leaf: Any, axis: Any, name: str) -> int:
-    shape = getattr(leaf, "shape", None)
-    if shape is None:
-        raise ValueError(f"the argument {name} is {leaf!r:.200}, which has no axes: give it None in in_axes")
-    if not is_integer(axis) or not -len(shape) <= axis < len(shape):
-        raise ValueError(f"in_axes names axis {axis!r} of the argument {name}, whose shape is {tuple(shape)}")
-    return shape[axis]
-
-
-def _with_size(leaf: Any, axis: int, size: int) -> jax.ShapeDtypeStruct:
-    shape = list(leaf.shape)
-    shape[axis] = size
-    is_put = getattr(leaf, "committed", True)  # of arrays that nobody put anywhere the sharding says nothing
-    sharding = getattr(leaf, "sharding", None) if is_put else None
-    return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding, weak_type=jax.typeof(leaf).weak_type)

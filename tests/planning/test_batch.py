@@ -8,12 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
-from jax.sharding import PartitionSpec as P
 
 from jaxckpt import checkpoint_scan, largest_batch
 from jaxckpt._plan import Candidate, Plan
-from jaxckpt.planning.batch import Batch, Batches, _batched, _next_size
+from jaxckpt.planning.batch import Batch, Batches, _next_size
 
 W, X = jnp.ones((6, 32, 32)), jnp.ones((8, 32))
 STACK = checkpoint_scan(lambda w, x: x + jnp.tanh(x @ w), plan="auto")
@@ -72,30 +70,9 @@ def test_arguments_as_trees_and_nnx_objects():
     assert found.largest.size == 32
 
 
-def test_none_in_arguments_and_in_axes():
-    tree = {"x": X, "mask": None, "state": [W, None]}
-    for axes in ({"x": 0, "mask": 0, "state": None}, {"x": 0, "mask": None, "state": [None, None]}):
-        w, resized, nothing = _batched((W, tree, None), [None, axes, 0])(16)
-        assert w is W and nothing is None and resized["x"].shape == (16, 32)
-        assert resized["mask"] is None and resized["state"][0] is W and resized["state"][1] is None
+def test_none_among_the_arguments():
     found = largest_batch(lambda w, x, mask: step(w, x), W, X, None, in_axes=(None, 0, 0), sizes=[16, 32], **HOW)
     assert found.largest.size == 32
-
-
-def test_shardings_of_a_mesh_stay():
-    sharding = NamedSharding(Mesh(jax.devices()[:1], "data"), P("data"))
-    (x,) = _batched((jax.ShapeDtypeStruct((8, 4), "float32", sharding=sharding),), (0,))(32)
-    assert x.shape == (32, 4) and x.sharding == sharding
-
-
-def test_where_an_array_was_put_and_its_weak_type_stay():
-    put = jax.device_put(X, jax.devices()[0])
-    there = SingleDeviceSharding(jax.devices()[0])
-    shape = jax.ShapeDtypeStruct((8,), "float32", sharding=there)
-    found = _batched((put, shape, X, np.ones((8, 2)), jax.lax.full((8,), 1.0)), (0,) * 5)(16)
-    assert [leaf.shape for leaf in found] == [(16, 32), (16,), (16, 32), (16, 2), (16,)]
-    assert [leaf.sharding for leaf in found] == [there, there, None, None, None]
-    assert [leaf.weak_type for leaf in found] == [False, False, False, False, True]
 
 
 def test_a_size_that_the_step_cannot_be_run_with_is_out():
