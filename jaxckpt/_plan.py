@@ -281,7 +281,7 @@ def _knobs(fields: dict[str, Any]) -> Knobs:
     return Knobs(**{**fields, "kept": tuple(fields["kept"]), "first": first})
 
 
-def pinned(plan: "Plan | StackPlan | str | os.PathLike[str]") -> StackPlan:
+def stack_of(plan: "Plan | StackPlan | str | os.PathLike[str]") -> StackPlan:
     """The one stack of a plan, a `Plan`, a file, or a file and the stack's name, "plan.json:NAME".
 
     Raises:

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxckpt import policies
 from jaxckpt._metadata import LAYERS, check_partition_name
-from jaxckpt._plan import Knobs, Plan, StackPlan, pinned
+from jaxckpt._plan import Knobs, Plan, StackPlan, stack_of
 from jaxckpt.policies.grammar import JaxPolicy, Policy, Term
 
 ENGINES = ("scan", "reversal")
@@ -134,7 +134,7 @@ def _planned(
     setting = make_setting(length, None, None, has_aux, per_block, 1)
     if isinstance(plan, str) and plan.partition(":")[0] == "auto":
         return replace(setting, plan=plan.partition(":")[2])
-    stack = pinned(plan)
+    stack = stack_of(plan)
     if length is not None and length != stack.length:
         raise ValueError(f"the plan is for {stack.length} x {stack.block}, and length is {length}: plan again")
     return replace(with_knobs(setting, stack.knobs), plan=stack)

@@ -19,9 +19,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from jax.extend import core
-
-from jaxckpt.analysis.jaxpr import inner_jaxprs, nbytes
+from jaxckpt.analysis.jaxpr import inner_jaxprs, nbytes, variables
 
 _VIEWS = frozenset(
     """
@@ -119,9 +117,7 @@ def cost(eqn: Any, gpu: Any) -> Cost:
         gpu: `Rates`, or a `jaxckpt.memory.targets.Gpu`, which has the same fields.
     """
     name = eqn.primitive.name
-    moved = (
-        sum(nbytes(v.aval) for v in (*eqn.invars, *eqn.outvars) if not isinstance(v, core.Literal)) / gpu.memory_bandwidth
-    )
+    moved = sum(nbytes(var.aval) for var in variables([*eqn.invars, *eqn.outvars])) / gpu.memory_bandwidth
     if name in _VIEWS:
         return Cost(0.0)
     if name in _FUSIBLE:

@@ -98,7 +98,7 @@ def find_cuts(
         for i, a in enumerate(points[:j]):
             new[i, j] = sums[b + 1] - sums[a + 1]
             own[i, j] = (wants or block.wants)(a, b) + block.live[b]
-    search = _Search(len(points) - 1, new, own, min(most or len(points) - 1, len(points) - 1))
+    search = _Cutter(len(points) - 1, new, own, min(most or len(points) - 1, len(points) - 1))
     peak = int(search.least() * SLACK)
     if wants is None:
         found = search.cuts(peak, by_squares=True) or search.cuts(peak)
@@ -107,7 +107,7 @@ def find_cuts(
     return [points[i] for i in found or []]
 
 
-class _Search:
+class _Cutter:
     """Cuts at points from 0 to `end`.
 
     Arguments:

@@ -127,7 +127,7 @@ def dependent(jaxpr: Any, inputs: Sequence[int]) -> set[Any]:
     """The variables that depend on any of these inputs, or on a side effect."""
     found = {jaxpr.invars[i] for i in inputs}
     for eqn in jaxpr.eqns:
-        if eqn.effects or any(not isinstance(var, core.Literal) and var in found for var in eqn.invars):
+        if eqn.effects or not found.isdisjoint(jx.variables(eqn.invars)):
             found.update(eqn.outvars)
     return found
 
@@ -135,21 +135,19 @@ def dependent(jaxpr: Any, inputs: Sequence[int]) -> set[Any]:
 def selected(closed: Any, outputs: Sequence[int]) -> Any:
     """The jaxpr with only these outputs, and only the equations that they need."""
     outvars = [closed.jaxpr.outvars[i] for i in outputs]
-    needed = {var for var in outvars if not isinstance(var, core.Literal)}
+    needed = set(jx.variables(outvars))
     eqns = []
     for eqn in reversed(closed.jaxpr.eqns):
         if needed.intersection(eqn.outvars):
             eqns.append(eqn)
-            needed.update(var for var in eqn.invars if not isinstance(var, core.Literal))
+            needed.update(jx.variables(eqn.invars))
     return core.ClosedJaxpr(closed.jaxpr.replace(outvars=outvars, eqns=eqns[::-1]), closed.consts)
 
 
 def used(closed: Any) -> list[bool]:
     """Which inputs the outputs depend on."""
     jaxpr = selected(closed, range(len(closed.jaxpr.outvars))).jaxpr
-    found = {
-        var for vars in [jaxpr.outvars, *(e.invars for e in jaxpr.eqns)] for var in vars if not isinstance(var, core.Literal)
-    }
+    found = set(jx.variables([*jaxpr.outvars, *(var for eqn in jaxpr.eqns for var in eqn.invars)]))
     return [var in found for var in jaxpr.invars]
 
 
@@ -157,5 +155,5 @@ def last_uses(jaxpr: Any) -> dict[Any, int]:
     """For each variable the last equation that uses it; for outputs the number of equations."""
     found = {}
     for i, eqn in enumerate(jaxpr.eqns):
-        found |= {var: i for var in eqn.invars if not isinstance(var, core.Literal)}
-    return found | {var: len(jaxpr.eqns) for var in jaxpr.outvars if not isinstance(var, core.Literal)}
+        found |= dict.fromkeys(jx.variables(eqn.invars), i)
+    return found | dict.fromkeys(jx.variables(jaxpr.outvars), len(jaxpr.eqns))

@@ -101,7 +101,7 @@ def results_last(closed: Any) -> Any:
     first: list[Any] = []
     results: list[Any] = []
     for eqn in reversed(closed.jaxpr.eqns):
-        given = _given(eqn)
+        given = jx.variables(eqn.invars)
         is_small = all(jx.nbytes(var.aval) <= limit for var in [*given, *eqn.outvars])
         if is_small and not eqn.effects and needed.isdisjoint(eqn.outvars):
             results.append(eqn)
@@ -113,17 +113,13 @@ def results_last(closed: Any) -> Any:
     between: list[Any] = []
     last: list[Any] = []
     for eqn in reversed(results):
-        given = _given(eqn)
+        given = jx.variables(eqn.invars)
         if of_sums.isdisjoint(given) and entries(given) <= entries(eqn.outvars):
             between.append(eqn)
         else:
             last.append(eqn)
             of_sums.update(eqn.outvars)
     return core.ClosedJaxpr(closed.jaxpr.replace(eqns=[*reversed(first), *between, *last]), closed.consts)
-
-
-def _given(eqn: Any) -> list[Any]:
-    return [var for var in eqn.invars if not isinstance(var, core.Literal)]
 
 
 def _computation(eqn: Any) -> Any:

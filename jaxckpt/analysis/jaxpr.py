@@ -9,7 +9,7 @@ stands for a tag or a checkpoint.
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -64,6 +64,11 @@ def as_function(closed: Any) -> Callable[..., list[Any]]:
 def closed(jaxpr: Any, constants: list[Any]) -> Any:
     """A jaxpr with values for its constants."""
     return core.ClosedJaxpr(jaxpr, constants)
+
+
+def variables(given: Iterable[Any]) -> list[Any]:
+    """Of what an equation is given, or a jaxpr returns, all that are no literals."""
+    return [var for var in given if not isinstance(var, core.Literal)]
 
 
 def nbytes(aval: Any) -> int:

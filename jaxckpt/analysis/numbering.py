@@ -51,7 +51,7 @@ def residual_bytes(closed: Any) -> list[int]:
     traced = jx.trace(lambda *inputs: jax.tree.leaves(jx.vjp_of_inexact(run, inputs)[1]), *closed.in_avals).jaxpr
     made_by = {var: eqn for eqn in traced.eqns for var in eqn.outvars}
     found = [0] * len(closed.jaxpr.eqns)
-    for var in {var for var in traced.outvars if not isinstance(var, core.Literal)} & made_by.keys():
+    for var in set(jx.variables(traced.outvars)) & made_by.keys():
         if (number := number_of(made_by[var])) is not None:
             found[number] += jx.nbytes(var.aval)
     return found

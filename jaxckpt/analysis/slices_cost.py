@@ -6,8 +6,6 @@ slice reads again what all share: so slices cost nothing as long as they are lar
 
 from typing import Any
 
-from jax.extend import core
-
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis.cost import cost, is_dear
 from jaxckpt.analysis.tiles import Tiles
@@ -23,7 +21,7 @@ def slicing_seconds(jaxpr: Any, tiles: Tiles, rates: Any) -> float:
     def longer(eqns: list[Any]) -> float:
         """Of what is one kernel."""
         whole = sum(cost(eqn, rates).seconds for eqn in eqns)
-        read = {var for eqn in eqns for var in eqn.invars if not isinstance(var, core.Literal) and var in shared}
+        read = {var for eqn in eqns for var in jx.variables(eqn.invars) if var in shared}
         again = sum(jx.nbytes(var.aval) for var in read) / rates.memory_bandwidth
         return count * max(START, whole / count, again) - whole
 

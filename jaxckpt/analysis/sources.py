@@ -96,7 +96,7 @@ def origin(jaxpr: Any, var: Any, stacked: bool = False) -> Origin:
         if found.input is None or found.input[0] != "program":
             return found
         return origin(jaxpr, eqn.invars[found.input[1]], stacked)
-    given = [origin(jaxpr, v) for v in eqn.invars if not isinstance(v, core.Literal)]
+    given = [origin(jaxpr, v) for v in jx.variables(eqn.invars)]
     is_constant = all(o.input is not None and o.input[0] == "constant" for o in given)
     return Origin(stacked, op=name, input=("constant", 0) if is_constant else None)
 

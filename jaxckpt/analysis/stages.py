@@ -9,8 +9,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from jax.extend import core
-
+from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis import tagging
 from jaxckpt.analysis.cost import cost
 from jaxckpt.analysis.tiles import Tiles
@@ -49,7 +48,7 @@ def pieces_between(
                 if not wanted[i]:
                     continue
                 last.append(i)
-            on_the_way.update(var for var in eqn.invars if not isinstance(var, core.Literal))
+            on_the_way.update(jx.variables(eqn.invars))
         pieces.append(Piece(begin, end, sum(wanted[begin:end]), last[::-1], sliced))
     return pieces
 

@@ -88,7 +88,7 @@ class Tiler:
         self.best = functools.cache(self._best)
         self.small = sum(wanted) * _SMALL_PIECE
         self.ends = flow.last_uses(jaxpr)
-        self.variables = [[v for v in eqn.invars if not isinstance(v, core.Literal)] for eqn in jaxpr.eqns]
+        self.variables = [jx.variables(eqn.invars) for eqn in jaxpr.eqns]
         self.entries = [max((math.prod(v.aval.shape) for v in eqn.outvars), default=0) for eqn in jaxpr.eqns]
 
     def _rule(self, number: int, output: int, axis: int) -> Rule | None:

@@ -163,4 +163,4 @@ def _tradeoff(closed: Any, rates: Any) -> Tradeoff:
 
 def _values(vars: Any, value: dict[Any, int]) -> list[int]:
     """The numbers of those that are computed in the block."""
-    return list(dict.fromkeys(value[var] for var in vars if not isinstance(var, core.Literal) and var in value))
+    return list(dict.fromkeys(value[var] for var in jx.variables(vars) if var in value))

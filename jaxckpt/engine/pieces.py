@@ -38,7 +38,7 @@ def in_pieces(closed: Any, pieces: Sequence[Piece], keep: JaxPolicy, scope: Scop
     for piece in pieces:
         eqns = jaxpr.eqns[piece.begin : piece.end]
         made = {var: None for eqn in eqns for var in eqn.outvars}
-        used = list({v: None for eqn in eqns for v in eqn.invars if not isinstance(v, core.Literal) and v not in made})
+        used = list({var: None for eqn in eqns for var in jx.variables(eqn.invars) if var not in made})
         out = [var for var in made if ends.get(var, -1) >= piece.end]
         run_part = (_whole if piece.tiles is None else _sliced)(jaxpr, piece, used, out, policy, scope)
         parts.append((jax.checkpoint(run_part, policy=policy, prevent_cse=True), used, out))
@@ -54,7 +54,7 @@ def in_pieces(closed: Any, pieces: Sequence[Piece], keep: JaxPolicy, scope: Scop
 
 def crossing_bytes(jaxpr: Any, pieces: Sequence[Piece]) -> int:
     """The bytes of all values that one piece makes and another uses."""
-    ends, outputs = last_uses(jaxpr), set(var for var in jaxpr.outvars if not isinstance(var, core.Literal))
+    ends, outputs = last_uses(jaxpr), set(jx.variables(jaxpr.outvars))
     made = [(var, piece.end) for piece in pieces for eqn in jaxpr.eqns[piece.begin : piece.end] for var in eqn.outvars]
     return sum(jx.nbytes(var.aval) for var, end in made if ends.get(var, -1) >= end and var not in outputs)
 
