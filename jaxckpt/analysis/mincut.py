@@ -12,8 +12,8 @@ prices: the price at which two known corners are worth the same either gives a b
 capacities have 31 bits: sums are rounded to a billionth.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.sparse import coo_array
@@ -70,7 +70,7 @@ def hull(graph: Graph) -> list[Cut]:
                 corners.insert(i + 1, found)
                 continue
         i += 1
-    return _lower_hull(corners)
+    return lower_hull(corners, lambda cut: (cut.bytes, cut.seconds))
 
 
 def nothing_kept(graph: Graph) -> Cut:
@@ -158,19 +158,19 @@ def again_for(graph: Graph, kept: frozenset[int]) -> frozenset[int]:
     return frozenset(again)
 
 
-def _lower_hull(cuts: Sequence[Cut]) -> list[Cut]:
-    """Those of `cuts` that are corners, by bytes."""
-    found: list[Cut] = []
-    for cut in sorted(cuts, key=lambda cut: (cut.bytes, cut.seconds)):
-        if found and cut.seconds >= found[-1].seconds:
+def lower_hull(found: Iterable[Any], point: Callable[[Any], tuple[float, float]]) -> list[Any]:
+    """Those that are corners of the lower convex hull, by their bytes; `point` is the bytes and seconds of one."""
+    corners: list[Any] = []
+    for one in sorted(found, key=point):
+        if corners and point(one)[1] >= point(corners[-1])[1]:
             continue
-        while len(found) > 1 and _is_above(found[-1], found[-2], cut):
-            found.pop()
-        found.append(cut)
-    return found
+        while len(corners) > 1 and _is_above(point(corners[-1]), point(corners[-2]), point(one)):
+            corners.pop()
+        corners.append(one)
+    return corners
 
 
-def _is_above(cut: Cut, a: Cut, b: Cut) -> bool:
-    """Whether a cut lies on or above the line from `a` to `b`."""
-    line = (a.seconds - cut.seconds) * (b.bytes - a.bytes) - (a.seconds - b.seconds) * (cut.bytes - a.bytes)
-    return line <= _SLACK * a.seconds * (b.bytes - a.bytes)
+def _is_above(point: tuple[float, float], a: tuple[float, float], b: tuple[float, float]) -> bool:
+    """Whether it lies on or above the line from `a` to `b`, as good as."""
+    line = (a[1] - point[1]) * (b[0] - a[0]) - (a[1] - b[1]) * (point[0] - a[0])
+    return line <= _SLACK * a[1] * (b[0] - a[0])

@@ -6,12 +6,11 @@ equations of the block's inlined jaxpr; `jaxckpt.analysis.cuts` finds good ones.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis import tagging
-from jaxckpt.analysis.cost import cost
 from jaxckpt.analysis.tiles import Tiles
 
 
@@ -53,10 +52,27 @@ def pieces_between(
     return pieces
 
 
-def share_before_last(jaxpr: Any, pieces: Sequence[Piece], rates: Any) -> float:
-    """The part of a block's run that is before its last piece, by time: it is run once more, for what enters the pieces."""
-    seconds = [cost(eqn, rates).seconds for eqn in jaxpr.eqns]
-    return sum(seconds[: pieces[-1].begin]) / (sum(seconds) or 1.0) if pieces else 0.0
+def run_before_pieces(jaxpr: Any, pieces: Sequence[Piece], kept: Collection[int] = frozenset()) -> set[int]:
+    """The equations that a block's backward pass runs, before any piece of it, for what enters the pieces; by number.
+
+    Arguments:
+        kept: the equations whose values are kept.
+    """
+    made_by = {var: i for i, eqn in enumerate(jaxpr.eqns) for var in eqn.outvars}
+    left = [
+        i
+        for piece in pieces
+        for eqn in jaxpr.eqns[piece.begin : piece.end]
+        for var in jx.variables(eqn.invars)
+        if (i := made_by.get(var, piece.begin)) < piece.begin
+    ]
+    run: set[int] = set()
+    while left:
+        i = left.pop()
+        if i not in run and i not in kept:
+            run.add(i)
+            left += [made_by[var] for var in jx.variables(jaxpr.eqns[i].invars) if var in made_by]
+    return run
 
 
 def cuts_at_tags(closed: Any, tags: Sequence[str]) -> list[int]:

@@ -70,6 +70,11 @@ def equation_of(name: str) -> int:
     return int(re.match(r"\d+", name.removeprefix(_VALUE))[0])  # pyright: ignore[reportOptionalSubscript]
 
 
+def is_inside(name: str) -> bool:
+    """Whether the value of a `value_name` is inside of its equation, and no output of it."""
+    return "in" in name.removeprefix(_VALUE)
+
+
 def is_value_name(tag: str) -> bool:
     """Whether a tag is one of `with_tags`, and not the user's."""
     return tag.startswith(_VALUE)

@@ -4,6 +4,10 @@ A piece is differentiated by running it again and then going backwards. XLA sees
 while the other half is still to be run, with both halves' values alive. So the gradients that enter a piece wait until all
 that autodiff wants of it is there: 18.75 GiB instead of 21.85 for 48 Pairformer blocks of 768 tokens (compiled for H200, JAX
 0.10.2). `optimization_barrier` would not do: it is gone when XLA puts the operations in order.
+
+A value that is kept by its tag, and used by later pieces only, is tagged behind its piece. Inside of it JAX would keep it
+twice, since what a `jax.checkpoint` keeps for itself and what it returns are two results of one equation: 24 blocks of a
+transformer that keep 2 GiB each kept 56.7 GiB instead of 48.1.
 """
 
 import functools
@@ -14,14 +18,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
 from jaxckpt.analysis import jaxpr as jx
+from jaxckpt.analysis import tagging
 from jaxckpt.analysis.flow import last_uses
 from jaxckpt.analysis.numbering import Scope, as_function
 from jaxckpt.analysis.stages import Piece
 from jaxckpt.engine.tiled import Flat, in_slices
 from jaxckpt.policies.grammar import JaxPolicy, everything, nothing
+
+_NAMELESS = "jaxckpt_nameless"  # a tag that no policy keeps
 
 
 def in_pieces(closed: Any, pieces: Sequence[Piece], keep: JaxPolicy, scope: Scope | None = None) -> Flat:
@@ -31,8 +39,8 @@ def in_pieces(closed: Any, pieces: Sequence[Piece], keep: JaxPolicy, scope: Scop
         keep: the `jax.checkpoint` policy of each piece; under `everything` what crosses the cuts is kept.
         scope: of each equation, by its number.
     """
-    jaxpr = closed.jaxpr
-    ends = last_uses(jaxpr)
+    ends = last_uses(closed.jaxpr)
+    jaxpr, behind = _tagged_behind(closed.jaxpr, pieces)
     policy = nothing if keep is everything else keep
     parts = []
     for piece in pieces:
@@ -46,10 +54,25 @@ def in_pieces(closed: Any, pieces: Sequence[Piece], keep: JaxPolicy, scope: Scop
     def run(*inputs: Any) -> list[Any]:
         values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*closed.consts, *inputs], strict=True))
         for run_part, used, out in parts:
-            values.update(zip(out, run_part(*(values[var] for var in used)), strict=True))
+            made = dict(zip(out, run_part(*(values[var] for var in used)), strict=True))
+            values.update({var: checkpoint_name(x, behind[var]) if var in behind else x for var, x in made.items()})
         return [var.val if isinstance(var, core.Literal) else values[var] for var in jaxpr.outvars]
 
     return run
+
+
+def _tagged_behind(jaxpr: Any, pieces: Sequence[Piece]) -> tuple[Any, dict[Any, str]]:
+    """The jaxpr without the tags of values that only later pieces use, and these tags."""
+    eqns, behind = list(jaxpr.eqns), {}
+    for piece in pieces:
+        used = {var for eqn in jaxpr.eqns[piece.begin : piece.end] for var in jx.variables(eqn.invars)}
+        for i in range(piece.begin, piece.end):
+            tag = tagging.tag_of(eqn := jaxpr.eqns[i])
+            if tag is not None and used.isdisjoint(eqn.outvars):
+                behind[eqn.outvars[0]] = tag
+                (nameless,) = jx.trace(lambda x: checkpoint_name(x, _NAMELESS), eqn.outvars[0].aval).jaxpr.eqns
+                eqns[i] = nameless.replace(invars=eqn.invars, outvars=eqn.outvars, source_info=eqn.source_info)
+    return jaxpr.replace(eqns=eqns), behind
 
 
 def crossing_bytes(jaxpr: Any, pieces: Sequence[Piece]) -> int:

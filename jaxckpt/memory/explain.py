@@ -25,7 +25,7 @@ from jaxckpt._table import aligned
 from jaxckpt.analysis import flow, inlining, numbering, sources, tagging
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis.cost import Cost, cost
-from jaxckpt.analysis.stages import share_before_last
+from jaxckpt.analysis.stages import run_before_pieces
 from jaxckpt.analysis.tradeoff import tradeoff_of
 from jaxckpt.engine.planned import observed
 from jaxckpt.engine.run import Run
@@ -363,8 +363,10 @@ def _seconds(run: Run, kept: list[_Residual], wanted: list[_Residual], rates: An
         closed, number = inlining.merge(run.closed)
         trade = tradeoff_of(closed, rates)
         forward, rerun = trade.forward_seconds, trade.again_seconds({number[i] for i in have}) if missing else 0.0
-    if is_cut:  # all but the last piece once to get at what crosses the cuts, and piece by piece
-        rerun *= 1 + share_before_last(run.closed.jaxpr, run.pieces, rates)
+    if is_cut:  # and before that once for what enters the pieces
+        before = run_before_pieces(run.closed.jaxpr, run.pieces, have)
+        merged, number = inlining.merge(run.closed)
+        rerun += sum(cost(merged.jaxpr.eqns[i], rates).seconds for i in sorted({number[i] for i in before}))
     return {"forward_seconds": forward, "rerun_seconds": rerun}
 
 

@@ -1,13 +1,15 @@
-"""What a block takes in pieces: bytes of the largest, what is run a third time, and what slices take longer."""
+"""What a block takes in pieces: bytes of the largest, what is run for what enters them, and what slices take longer."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple, cast
 
 from jaxckpt._plan import Knobs
 from jaxckpt._setting import Tiles as Most
 from jaxckpt.analysis import jaxpr as jx
+from jaxckpt.analysis import tagging
+from jaxckpt.analysis.cost import cost
 from jaxckpt.analysis.slices_cost import slicing_seconds
-from jaxckpt.analysis.stages import share_before_last
+from jaxckpt.analysis.stages import run_before_pieces
 from jaxckpt.engine import single
 from jaxckpt.engine.cutting import pieces_of
 from jaxckpt.engine.run import Run
@@ -24,31 +26,41 @@ class Cut(NamedTuple):
         knobs: that cut it so.
         bytes: that are wanted at once while its largest piece is differentiated.
         slicing_seconds: of one run of the block, what computing pieces in slices takes longer.
-        share: of what is run again, what is run again twice, see `share_before_last`.
+        entering_seconds: what is run for what enters the pieces, where so many of some choices of values are kept.
     """
 
     knobs: Knobs
     bytes: int
     slicing_seconds: float
-    share: float
+    entering_seconds: dict[tuple[str, ...], float]
 
 
-def cuts_of(run: Run, closed: Any, carry_bytes: int, rates: Any, wanted: Sequence[Knobs]) -> dict[str | None, Cut]:
+def cuts_of(run: Run, merged: Any, kept: Iterable[tuple[str, ...]], carry_bytes: int, rates: Any) -> dict[str | None, Cut]:
     """The block in stages and in tiles, by `Knobs.pieces`, each where there is something to cut or to slice.
 
+    As it is cut where nothing is kept; the search for cuts does not know of what is.
+
     Arguments:
-        closed: of the block. rates: as in `jaxckpt.analysis.cost`.
+        merged: the block, inlined and merged. kept: names of its values that may be kept together, see `tagging.value_name`.
+        rates: as in `jaxckpt.analysis.cost`.
     """
     slices, found = len(run.leaves[0]), {}
     carried = range(slices, slices + len(run.leaves[1]))
-    for knobs in wanted if not jx.effects(closed) else ():
-        flat, pieces = pieces_of(closed, carried, "auto", cast(Most, knobs.tiles))
+    for knobs in (STAGES, *TILES) if not jx.effects(merged) else ():
+        flat, pieces = pieces_of(merged, carried, "auto", cast(Most, knobs.tiles))
         is_found = any(piece.tiles for piece in pieces) if knobs.tiles else len(pieces) > 1
         if not is_found:
             continue
         longer = sum(slicing_seconds(flat.jaxpr, piece.tiles, rates) for piece in pieces if piece.tiles)
         is_run_again = run.is_stack or single.is_run_again(flat, pieces, run.leaves[2])
-        share = share_before_last(flat.jaxpr, pieces, rates) if is_run_again else 0.0
+        seconds = [cost(eqn, rates).seconds for eqn in flat.jaxpr.eqns]
+        number = {id(var): i for i, eqn in enumerate(flat.jaxpr.eqns) for var in eqn.outvars}
+        entering = {}
+        for names in kept:
+            equations = {tagging.equation_of(name) for name in names if not tagging.is_inside(name)}
+            numbers = {number[id(merged.jaxpr.eqns[i].outvars[0])] for i in equations}
+            before = run_before_pieces(flat.jaxpr, pieces, numbers) if is_run_again else ()
+            entering[names] = sum(seconds[i] for i in sorted(before))
         largest = max(piece.bytes for piece in pieces)
-        found[knobs.pieces] = Cut(knobs, largest + 2 * carry_bytes, longer, share)
+        found[knobs.pieces] = Cut(knobs, largest + 2 * carry_bytes, longer, entering)
     return found

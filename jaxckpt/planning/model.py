@@ -3,11 +3,13 @@
 `N` blocks, `K` per chunk, `s` snapshots; of each block a choice of values is kept (`jaxckpt.analysis.tradeoff`), and of `r`
 of its blocks at once: `r = N` without chunks, else `K`. Stored are `r` times what is kept and the inputs of all blocks or
 chunks, or `s` of them. What one block takes while it is run again and differentiated is XLA's business: for that the
-backward pass of the blocks alone is compiled (`Stack.transient_bytes`), once for all numbers of chunks and snapshots. The
+backward pass of the blocks alone is compiled (`Stack.of_block`), once for all numbers of chunks and snapshots, and its trace
+says to the byte what blocks keep (autodiff may want less than was chosen, and pieces keep twice what two of them use). The
 rest of the step is left to `jaxckpt.planning.search`.
 
-Between two settings of all blocks alike lie those under which the first `m` blocks take the leaner one and the others the
-other. The others are differentiated first, and free what they keep before the first blocks are.
+Between two settings of all blocks alike, neighbours on the convex hull of bytes and seconds, lie those under which the first
+`m` blocks take the leaner one and the others the other. The others are differentiated first, and free what they keep before
+the first blocks are.
 
 Seconds are those of the time model (`jaxckpt.analysis.cost`): three times a forward pass for running and differentiating
 each block, what is run again, what goes to the host and comes back, and on CPUs the making of fresh memory. (Reading and
@@ -26,16 +28,17 @@ from jax.experimental.layout import Format, Layout
 
 from jaxckpt._plan import Knobs
 from jaxckpt._setting import with_knobs
-from jaxckpt.analysis import inlining
+from jaxckpt.analysis import flow, inlining
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis.cost import step_seconds
+from jaxckpt.analysis.mincut import lower_hull
 from jaxckpt.analysis.tradeoff import Choice, Tradeoff, tradeoff_of
 from jaxckpt.engine.planned import described
 from jaxckpt.engine.run import Run
 from jaxckpt.engine.schedule import whole_runs
 from jaxckpt.engine.single import checkpointed
 from jaxckpt.memory.targets import Target
-from jaxckpt.planning.cuts import STAGES, TILES, cuts_of
+from jaxckpt.planning.cuts import cuts_of
 
 # How far options of which the first blocks differ from the others are apart at least: by 2% of bytes, and 0.1% of seconds.
 _APART, _APART_IN_SECONDS = 0.02, 0.001
@@ -48,6 +51,7 @@ class Option(NamedTuple):
     Fields:
         stored_bytes: on the device, for all blocks.
         kept_bytes: of one block, beside its inputs.
+        keeping: blocks that keep that at once.
         block_bytes: what autodiff wants at once while a block, or its largest piece, is differentiated: a guess at what that
             takes, of which XLA fuses some away.
         seconds: of all blocks, forward and backward. forward_runs: of each block, parts of it by their time.
@@ -59,6 +63,7 @@ class Option(NamedTuple):
     knobs: Knobs
     stored_bytes: int
     kept_bytes: int
+    keeping: int
     block_bytes: int
     seconds: float
     forward_runs: float
@@ -85,12 +90,23 @@ class Phase(NamedTuple):
     """Of the backward pass of a stack whose first blocks differ from the others.
 
     Fields:
-        stored_bytes: what is still stored, for all blocks.
+        stored: of what options, of stacks of blocks all alike, what shares are still stored.
         option: of a stack of blocks that are all like those that are differentiated.
     """
 
-    stored_bytes: int
+    stored: tuple[tuple[float, Option], ...]
     option: Option
+
+
+class OfBlock(NamedTuple):
+    """What the trace and the compiler say of blocks.
+
+    Fields:
+        kept_bytes: see `Option`. taken_bytes: at once while a block is differentiated.
+    """
+
+    kept_bytes: float
+    taken_bytes: int
 
 
 class Stack:
@@ -115,18 +131,16 @@ class Stack:
         self.trade: Tradeoff = tradeoff_of(merged, rates)
         carry = [jax.typeof(run.leaves[1][i]) for i in run.moving]
         self.carry_bytes = sum(map(jx.nbytes, carry))
-        self.cuts = cuts_of(run, run.closed, self.carry_bytes, rates, (STAGES, *TILES))
-        # Under a choice of values, where there is one. None of them is made in slices.
-        where_kept = [STAGES] if self.trade.choices[1:-1] else []
-        self.cuts_where_kept = cuts_of(run, merged, self.carry_bytes, rates, where_kept)
+        kept = [(), *(choice.names for choice in self.trade.choices)]
+        self.cuts = cuts_of(run, merged, kept, self.carry_bytes, rates)
         is_batched = any(jx.is_batched(leaf) for part in run.leaves for leaf in part)
         self.can_be_alone = not is_batched and not jx.collective_axes(run.closed)
         xs, carried, arrays = [[_type(leaf) for leaf in part] for part in run.leaves]
         constants = [_type(value) if isinstance(value, Tracer) else value for value in run.closed.consts]
         self.run = replace(run, closed=jx.closed(run.closed.jaxpr, constants), leaves=(xs, carried, arrays))
 
-    def transient_bytes(self, of_block: Knobs, where: Target) -> int:
-        """What the compiled backward pass of the blocks takes beside what it is given and what it returns.
+    def of_block(self, of_block: Knobs, where: Target) -> OfBlock:
+        """What blocks keep, and what their compiled backward pass takes beside what it is given and what it returns.
 
         Only that pass is compiled, of the scan engine without chunks, for gradients of `xs` and the carry (of all arrays
         that what is no stack is given), and with the layouts that XLA likes for what is stored, as inside a step.
@@ -145,8 +159,10 @@ class Stack:
             return pull, out
 
         given = ([*xs, *carry], arrays) if run.is_stack else (arrays, [])
-        pull, cotangents = jax.eval_shape(forward, *given, list(map(_type, run.closed.consts)))
+        traced, (pull, cotangents) = jax.make_jaxpr(forward, return_shape=True)(*given, list(map(_type, run.closed.consts)))
         leaves, tree = jax.tree.flatten(pull)
+        results = zip(traced.out_avals, flow.forwarded(traced.jaxpr), strict=True)
+        kept = sum(jx.nbytes(aval) for aval, source in itertools.islice(results, len(leaves)) if source is None)
         placed = where.place((leaves, cotangents))
         backward = jax.jit(
             lambda leaves, cotangents: jax.tree.unflatten(tree, leaves)(cotangents),
@@ -155,7 +171,7 @@ class Stack:
         sizes = backward.lower(leaves, cotangents).compile().memory_analysis()
         if sizes is None:
             raise ValueError(f"the compiler for {where.name!r} does not say what memory its programs need")
-        return sizes.temp_size_in_bytes
+        return OfBlock(kept / run.length - self.carry_bytes * run.is_stack, sizes.temp_size_in_bytes)
 
     def options(self, may_offload: bool) -> list[Option]:
         """Those that no other beats in bytes and seconds, the fastest first."""
@@ -195,8 +211,8 @@ class Stack:
         for cut, choice in itertools.product(cuts, (nothing, *choices[1:])):
             if cut.pieces and choice is choices[-1]:
                 continue  # nothing of it is run again in pieces
-            if cut.pieces and choice is not nothing and cut.pieces not in self.cuts_where_kept:
-                continue  # what is kept is kept of all slices: the search for cuts would have to know of it
+            if cut.tiles in ("auto", 64) and choice is not nothing:
+                continue  # what is kept lets more than the least memory have
             keeping = replace(cut, policy="planned" if choice.names else "nothing", kept=choice.names)
             yield self._option(keeping, choice)
             for k in chunks:
@@ -212,14 +228,11 @@ class Stack:
                 yield self._option(replace(in_chunks, offload_carry=True), nothing)
 
     def _between(self, found: list[Option]) -> Iterator[Option]:
-        """Options of which the first blocks take one setting without chunks and the others the next."""
+        """Options of which the first blocks take one setting without chunks and the others the next of the hull."""
         of_all = [o for o in found if not (o.knobs.blocks_per_ckpt or o.knobs.snapshots or o.knobs.offload_carry)]
-        front: list[Option] = []
+        corners = lower_hull(of_all, lambda o: (_bytes(o), o.seconds))
         length = self.run.length
-        for option in sorted(of_all, key=lambda o: (o.seconds, _bytes(o))):
-            if not front or _bytes(option) < _bytes(front[-1]) * 0.999:
-                front.append(option)
-        for fast, lean in itertools.pairwise(front):
+        for lean, fast in itertools.pairwise(corners):
             bytes_apart = math.log(_bytes(fast) / _bytes(lean)) / _APART
             seconds_apart = (lean.seconds / fast.seconds - 1) / _APART_IN_SECONDS
             steps = min(length, math.ceil(bytes_apart), math.ceil(seconds_apart))
@@ -233,12 +246,13 @@ class Stack:
         mean = lambda a, b: share * a + (1 - share) * b  # noqa: E731
         of_first = round(share * lean.stored_bytes)
         stored = of_first + round((1 - share) * fast.stored_bytes)
-        phases = (Phase(stored, fast), Phase(of_first, lean))
+        phases = (Phase(((share, lean), (1 - share, fast)), fast), Phase(((share, lean),), lean))
         return Option(
             knobs=replace(fast.knobs, engine="reversal", first=(first, replace(lean.knobs, engine="reversal"))),
             stored_bytes=stored,
             kept_bytes=round(mean(lean.kept_bytes, fast.kept_bytes)),
-            block_bytes=max(phase.stored_bytes + phase.option.block_bytes for phase in phases) - stored,
+            keeping=self.run.length,
+            block_bytes=max(fast.block_bytes, lean.block_bytes - (stored - of_first)),
             seconds=mean(lean.seconds, fast.seconds),
             forward_runs=mean(lean.forward_runs, fast.forward_runs),
             phases=phases,
@@ -248,22 +262,23 @@ class Stack:
         length, carry, forward = self.run.length, self.carry_bytes, self.trade.forward_seconds
         per_chunk = knobs.blocks_per_ckpt
         chunks = -(-length // (per_chunk or 1))
-        on_host = 0
+        on_host, keeping = 0, per_chunk or 0
         if per_chunk is None and knobs.snapshots is None and not knobs.offload_carry:
-            stored = length * (carry + choice.bytes)
+            stored, keeping = length * (carry + choice.bytes), length
         else:
             inputs = knobs.snapshots or chunks
             on_host = carry * inputs if knobs.offload_carry else 0
-            stored = (2 * carry if knobs.offload_carry else inputs * carry) + (per_chunk or 0) * (carry + choice.bytes)
+            stored = (2 * carry if knobs.offload_carry else inputs * carry) + keeping * (carry + choice.bytes)
             stored += 0 if per_chunk else carry
         again = 0.0 if choice.bytes >= self.trade.wanted_bytes else choice.rerun_seconds - self.trade.floor_seconds
+        again = max(0.0, again)
         block_bytes, longer = choice.largest_bytes, 0.0
-        if (cut := (self.cuts_where_kept if choice.names else self.cuts).get(knobs.pieces)) is not None:
+        if (cut := self.cuts.get(knobs.pieces)) is not None:
             block_bytes, longer = min(block_bytes, cut.bytes), cut.slicing_seconds
-            again *= 1 if knobs.policy == "everything" else 1 + cut.share
-        runs = whole_runs(length, per_chunk, knobs.snapshots, knobs.engine) + max(0.0, again) / (forward or 1.0)
+            again += cut.entering_seconds[choice.names]
+        runs = whole_runs(length, per_chunk, knobs.snapshots, knobs.engine) + again / (forward or 1.0)
         seconds = step_seconds(length, forward + longer, runs, self.rates, host_bytes=on_host, fresh_bytes=stored - on_host)
-        return Option(knobs, stored, choice.bytes, block_bytes, seconds, runs)
+        return Option(knobs, stored, choice.bytes, keeping, block_bytes, seconds, runs)
 
 
 def _type(leaf: Any) -> jax.ShapeDtypeStruct:

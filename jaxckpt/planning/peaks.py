@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from jaxckpt._plan import Knobs
-from jaxckpt.planning.model import Option
+from jaxckpt.planning.model import OfBlock, Option, Phase
 
 _HOPED = 0.5  # of what autodiff wants of a block, what XLA may have alive at once: 0.35 to 0.76 in the benchmarks
 _HOPED_THEN, _HOPED_BEFORE = 0.75, 0.95  # of what a block takes that keeps less, or more
@@ -23,10 +23,6 @@ class Combination(NamedTuple):
         return sum(option.seconds for option in self.options)
 
     @property
-    def stored_bytes(self) -> int:
-        return sum(option.stored_bytes for option in self.options)
-
-    @property
     def family(self) -> tuple[Any, ...]:
         return tuple(option.family for option in self.options)
 
@@ -37,14 +33,14 @@ class Known:
 
     Fields:
         compiled: peaks of the whole step under a combination.
-        transients: what a block keeps, and what differentiating it takes, by the stack and `Option.of_block`.
+        blocks: what was asked of blocks, by the stack and `Option.of_block`.
     """
 
     compiled: Mapping[Combination, int] = field(default_factory=dict)
-    transients: Mapping[tuple[int, Knobs], tuple[int, int]] = field(default_factory=dict)
+    blocks: Mapping[tuple[int, Knobs], OfBlock] = field(default_factory=dict)
 
     def with_compiled(self, c: Combination, peak: int) -> "Known":
-        return Known({**self.compiled, c: peak}, self.transients)
+        return Known({**self.compiled, c: peak}, self.blocks)
 
 
 class Peaks:
@@ -67,7 +63,20 @@ class Peaks:
         return self.predicted(c) if found is None else found
 
     def without_rest(self, c: Combination) -> float:
-        return self.fixed + c.stored_bytes + max(self.transient(i, option) for i, option in enumerate(c.options))
+        return self.fixed + self.stored(c) + max(self.transient(i, option) for i, option in enumerate(c.options))
+
+    def stored(self, c: Combination) -> float:
+        return sum(self.stored_of(i, option) for i, option in enumerate(c.options))
+
+    def stored_of(self, i: int, option: Option) -> float:
+        """What is stored for the `i`-th stack."""
+        if option.phases:
+            return self._still_stored(i, option.phases[0])
+        found = self.known.blocks.get((i, option.of_block))
+        return option.stored_bytes + (0 if found is None else option.keeping * (found.kept_bytes - option.kept_bytes))
+
+    def _still_stored(self, i: int, phase: Phase) -> float:
+        return sum(share * self.stored_of(i, option) for share, option in phase.stored)
 
     def _rest(self, c: Combination) -> float:
         # The model of a scan without chunks is exact: what it misses there, the rest of the step needs under any setting.
@@ -75,12 +84,14 @@ class Peaks:
         near = self._families.get(c.family) or self._families.get(scans)
         if near is None:
             return min([0.0, *map(self._missed, self.known.compiled)])
-        near = sorted(near, key=lambda other: _distance(other.stored_bytes, c.stored_bytes))[:2]
+        stored = self.stored(c)
+        near = sorted(near, key=lambda other: _distance(self.stored(other), stored))[:2]
         rest = [self._missed(other) for other in near]
-        if len(near) < 2 or near[0].stored_bytes == near[1].stored_bytes:
+        (first, *others) = map(self.stored, near)
+        if not others or first == others[0]:
             return rest[0]
         # A line through the two nearest, and not beyond what they need.
-        share = (c.stored_bytes - near[0].stored_bytes) / (near[1].stored_bytes - near[0].stored_bytes)
+        share = (stored - first) / (others[0] - first)
         return rest[0] + min(1.0, max(0.0, share)) * (rest[1] - rest[0])
 
     def _missed(self, c: Combination) -> float:
@@ -101,14 +112,12 @@ class Peaks:
         Where blocks differ, what is needed at most beside all that is stored.
         """
         if option.phases:
-            return max(phase.stored_bytes + self.transient(i, phase.option) for phase in option.phases) - option.stored_bytes
-        if (found := self.known.transients.get((i, option.of_block))) is not None:
-            return found[1]
-        sizes = sorted(
-            found
-            for (stack, knobs), found in self.known.transients.items()
-            if stack == i and knobs.pieces == option.knobs.pieces
-        )
+            needs = [self._still_stored(i, phase) + self.transient(i, phase.option) for phase in option.phases]
+            return max(needs) - self.stored_of(i, option)
+        if (found := self.known.blocks.get((i, option.of_block))) is not None:
+            return found.taken_bytes
+        pieces = option.knobs.pieces
+        sizes = sorted(said for (stack, knobs), said in self.known.blocks.items() if stack == i and knobs.pieces == pieces)
         # What keeps more takes less as a rule, sometimes by a quarter from one choice to the next.
         fewer = [_HOPED_THEN * taken for kept, taken in sizes if kept <= option.kept_bytes][-1:]
         more = [_HOPED_BEFORE * taken for kept, taken in sizes if kept > option.kept_bytes][:1]
@@ -121,5 +130,5 @@ def kind(c: Combination) -> Any:
     return tuple((*said(knobs), knobs.first and said(knobs.first[1])) for knobs, *_ in c.options)
 
 
-def _distance(a: int, b: int) -> float:
+def _distance(a: float, b: float) -> float:
     return abs(math.log((a + 1) / (b + 1)))

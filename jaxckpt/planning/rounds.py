@@ -20,7 +20,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from jaxckpt.planning.model import Option
+from jaxckpt.planning.model import OfBlock, Option
 from jaxckpt.planning.peaks import Combination, Known, Peaks, kind
 
 # Of the whole step, for one plan. Rounds of 12, 6, 3, 2 and 1 tell 2000 settings apart, more than a front has as a rule, and
@@ -46,8 +46,8 @@ class Compiler(Protocol):
         """The peak of the whole step, infinite where it cannot be run so."""
         ...
 
-    def block(self, i: int, option: Option) -> int | None:
-        """What differentiating a block of the `i`-th stack takes, None where that cannot be asked."""
+    def block(self, i: int, option: Option) -> OfBlock | None:
+        """What blocks of the `i`-th stack keep and take, None where that cannot be asked."""
         ...
 
 
@@ -67,7 +67,7 @@ def fastest(
         if c not in found:
             # What was compiled in vain decides nothing, but whoever reads the prediction should have all that is known.
             compiled = {other: round(peak) for other, peak in found.items() if peak < math.inf}
-            known = Known({**compiled, **peaks.known.compiled}, peaks.known.transients)
+            known = Known({**compiled, **peaks.known.compiled}, peaks.known.blocks)
             found[c] = compiler.peak(c, Peaks(fixed, known).predicted(c))
         return found[c] <= limit
 
@@ -140,9 +140,9 @@ def _informed(c: Combination, peaks: Peaks, compiler: Compiler) -> Peaks:
     """The same model, if there is nothing to ask of the blocks of `c`, or another one that knows what they take."""
     known = peaks.known
     asked = [(i, option) for i, whole in enumerate(c.options) for option in whole.of_equal_blocks]
-    unknown = [(i, option) for i, option in asked if (i, option.of_block) not in known.transients]
-    found = {(i, o.of_block): (o.kept_bytes, taken) for i, o in unknown if (taken := compiler.block(i, o)) is not None}
-    return Peaks(peaks.fixed, Known(known.compiled, {**known.transients, **found})) if found else peaks
+    unknown = [(i, option) for i, option in asked if (i, option.of_block) not in known.blocks]
+    found = {(i, o.of_block): said for i, o in unknown if (said := compiler.block(i, o)) is not None}
+    return Peaks(peaks.fixed, Known(known.compiled, {**known.blocks, **found})) if found else peaks
 
 
 def _front(combinations: Iterable[Combination], peaks: Peaks) -> list[Combination]:

@@ -36,7 +36,7 @@ from jaxckpt.memory.explain import observe
 from jaxckpt.memory.measure import measure, place_of, seconds_in_turns
 from jaxckpt.memory.meshes import mesh_on, on_set_mesh
 from jaxckpt.planning import rounds
-from jaxckpt.planning.model import Option, Stack
+from jaxckpt.planning.model import OfBlock, Option, Stack
 from jaxckpt.planning.peaks import Combination, Known, Peaks, kind
 from jaxckpt.planning.rounds import COMPILATIONS
 
@@ -167,13 +167,13 @@ class _Answers:
     """What the compiler said of one step, to whatever plan.
 
     Fields:
-        compiled: the peaks of combinations. transients: what blocks take, by the stack and `Option.of_block`.
-            None for those that cannot be compiled alone.
+        compiled: the peaks of combinations. blocks: what was asked of blocks, by the stack and `Option.of_block`; None for
+            those that cannot be compiled alone.
         refused: kinds of combinations that the step cannot be run under.
     """
 
     compiled: dict[Combination, int] = field(default_factory=dict)
-    transients: dict[tuple[int, Knobs], int | None] = field(default_factory=dict)
+    blocks: dict[tuple[int, Knobs], OfBlock | None] = field(default_factory=dict)
     refused: set[Any] = field(default_factory=set)
 
 
@@ -206,7 +206,7 @@ class _Search:
         self.answers, self.refused = answers, answers.refused
         self.plain = Combination(tuple(stack.plain() for stack in stacks.values()))
         self.seen: dict[Combination, _Seen] = {}
-        self.blocks: dict[tuple[int, Knobs], tuple[int, int]] = {}
+        self.blocks: dict[tuple[int, Knobs], OfBlock] = {}
 
     def peak(self, c: Combination, predicted: float) -> float:
         """The peak of the whole step; infinite where it cannot be run so.
@@ -230,21 +230,21 @@ class _Search:
         self.seen.setdefault(c, _Seen(self.answers.compiled[c], round(predicted)))
         return self.seen[c].peak_bytes
 
-    def block(self, i: int, option: Option) -> int | None:
-        """What differentiating a block of the `i`-th stack takes; None where it cannot be compiled alone."""
+    def block(self, i: int, option: Option) -> OfBlock | None:
+        """What blocks of the `i`-th stack keep and take; None where they cannot be compiled alone."""
         stack, key = list(self.stacks.values())[i], (i, option.of_block)
         if self.where.count > 1 or not stack.can_be_alone:
             return None
-        if key not in self.answers.transients:
+        if key not in self.answers.blocks:
             self.bar.doing(f"compiling one block, {option.of_block}")
             try:
                 with mesh_on(self.where):
-                    self.answers.transients[key] = stack.transient_bytes(option.of_block, self.where)
+                    self.answers.blocks[key] = stack.of_block(option.of_block, self.where)
             except Exception:
-                self.answers.transients[key] = None
+                self.answers.blocks[key] = None
             self.bar.advance()
-        if (found := self.answers.transients[key]) is not None:
-            self.blocks[key] = option.kept_bytes, found
+        if (found := self.answers.blocks[key]) is not None:
+            self.blocks[key] = found
         return found
 
     @property
@@ -390,7 +390,7 @@ def _too_little(limit: float, search: _Search, fixed: int, best: Combination) ->
     sizes: dict[str, float] = {"the rest of the step": least - peaks.without_rest(best)}
     for i, ((name, stack), option) in enumerate(zip(search.stacks.items(), best.options, strict=True)):
         block = name or stack.run.names.block
-        sizes[f"what {block} stores"] = option.stored_bytes
+        sizes[f"what {block} stores"] = peaks.stored_of(i, option)
         sizes[f"what one {block} takes while it is differentiated"] = peaks.transient(i, option)
     for path, leaf in jax.tree_util.tree_leaves_with_path(search.args):
         if hasattr(leaf, "shape"):

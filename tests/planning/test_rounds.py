@@ -6,7 +6,7 @@ import random
 import pytest
 
 from jaxckpt._plan import Knobs
-from jaxckpt.planning.model import Option
+from jaxckpt.planning.model import OfBlock, Option
 from jaxckpt.planning.peaks import Combination, Known, Peaks, kind
 from jaxckpt.planning.rounds import fastest, least, untried
 
@@ -19,7 +19,10 @@ class MadeUp:
     def __init__(self, seed, combinations, error, refused=()):
         draw = random.Random(seed)
         self.peaks = {c: round(Peaks(FIXED, Known()).predicted(c) * math.exp(draw.gauss(0.1, error))) for c in combinations}
-        self.blocks = {c.options[0].of_block: round(draw.uniform(0.2, 1.2) * c.options[0].block_bytes) for c in combinations}
+        self.blocks = {
+            o.of_block: OfBlock(o.kept_bytes, round(draw.uniform(0.2, 1.2) * o.block_bytes))
+            for (o,) in (c.options for c in combinations)
+        }
         self.never, self.refused, self.compiled = set(refused), set(), []
 
     def peak(self, c, predicted):
@@ -41,7 +44,7 @@ def combinations_of(seed, number=60):
         stored = round(100_000 * math.exp(-4 * i / number) * draw.uniform(0.7, 1.3))
         stages, chunk = draw.choice([None, "auto"]), draw.choice([None, None, 2, 4])
         knobs = Knobs(chunk, "planned", (f"value{i}",), stages=stages, engine="reversal" if chunk else "scan")
-        made.append(Combination((Option(knobs, stored, stored // 10, 4000 + i, 1 + i / number, 1 + i / number),)))
+        made.append(Combination((Option(knobs, stored, stored // 10, 1, 4000 + i, 1 + i / number, 1 + i / number),)))
     return made
 
 
