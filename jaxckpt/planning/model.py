@@ -168,7 +168,9 @@ class Stack:
             lambda leaves, cotangents: jax.tree.unflatten(tree, leaves)(cotangents),
             in_shardings=jax.tree.map(lambda leaf: Format(Layout.AUTO, leaf.sharding), placed),
         )
-        sizes = backward.lower(leaves, cotangents).compile().memory_analysis()
+        # Without a GPU to measure on there is nothing to tune, and trying what there is takes a third of the time.
+        quickly: Any = {"xla_gpu_autotune_level": 0} if where.gpu is not None and not where.is_present else None
+        sizes = backward.lower(leaves, cotangents).compile(compiler_options=quickly).memory_analysis()
         if sizes is None:
             raise ValueError(f"the compiler for {where.name!r} does not say what memory its programs need")
         return OfBlock(kept / run.length - self.carry_bytes * run.is_stack, sizes.temp_size_in_bytes)
@@ -236,8 +238,8 @@ class Stack:
             bytes_apart = math.log(_bytes(fast) / _bytes(lean)) / _APART
             seconds_apart = (lean.seconds / fast.seconds - 1) / _APART_IN_SECONDS
             steps = min(length, math.ceil(bytes_apart), math.ceil(seconds_apart))
-            # One block is no loop, and takes something else than what the model knows of loops.
-            for first in sorted({round(length * k / steps) for k in range(1, steps)} - {0, 1, length - 1, length}):
+            # One block is no loop and two are hardly one: they take something else than what the model knows of loops.
+            for first in sorted({round(length * k / steps) for k in range(1, steps)}.intersection(range(3, length - 2))):
                 yield self._of_two(first, lean, fast)
 
     def _of_two(self, first: int, lean: Option, fast: Option) -> Option:

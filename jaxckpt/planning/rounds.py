@@ -140,7 +140,7 @@ def _informed(c: Combination, peaks: Peaks, compiler: Compiler) -> Peaks:
     """The same model, if there is nothing to ask of the blocks of `c`, or another one that knows what they take."""
     known = peaks.known
     asked = [(i, option) for i, whole in enumerate(c.options) for option in whole.of_equal_blocks]
-    unknown = [(i, option) for i, option in asked if (i, option.of_block) not in known.blocks]
+    unknown = [(i, option) for i, option in asked if not peaks.is_told(i, option)]
     found = {(i, o.of_block): said for i, o in unknown if (said := compiler.block(i, o)) is not None}
     return Peaks(peaks.fixed, Known(known.compiled, {**known.blocks, **found})) if found else peaks
 
