@@ -45,6 +45,19 @@ def test_for_every_kind_of_setting(of_plan):
         assert found.forward_runs == pytest.approx(options[knobs].forward_runs, rel=1e-9), knobs
 
 
+def test_what_is_kept_beside_pieces():
+    x = jax.ShapeDtypeStruct((8192, 64), "float32")
+    found, _, _ = _stacks(jax.grad(lambda w, x: stack(w, x).sum()), (W, x), targets.get("h200").gpu)
+    options = {o.knobs: o for o in found[""]._all(may_offload=False) if o.knobs.engine == "scan" and o.knobs.pieces}
+    assert {knobs.pieces for knobs in options if knobs.kept} == {"stages", "tiles=16", "tiles=4"}
+    for knobs, option in options.items():
+        moved = 0.01 if knobs.stages and knobs.kept else 1e-9  # of a run: by the tag of what is kept a cut may move
+        with under({"": knobs}):
+            assert explain(stack, W, x, target="h200").forward_runs == pytest.approx(option.forward_runs, rel=moved), knobs
+    leaner, kept = (next(k for k in options if bool(k.kept) is is_kept and k.tiles == 4) for is_kept in (False, True))
+    assert 1 < options[kept].forward_runs < options[leaner].forward_runs - 0.1
+
+
 def test_nothing_and_everything(of_plan):
     by_name = {p: explain(checkpoint_scan(block, policy=p), W, X, target="h200") for p in ("nothing", "dots", "everything")}
     assert by_name["nothing"].forward_runs == pytest.approx(of_plan.plain().forward_runs)
