@@ -54,8 +54,8 @@ def test_what_is_kept_beside_pieces():
         moved = 0.01 if knobs.stages and knobs.kept else 1e-9  # of a run: by the tag of what is kept a cut may move
         with under({"": knobs}):
             assert explain(stack, W, x, target="h200").forward_runs == pytest.approx(option.forward_runs, rel=moved), knobs
-    leaner, kept = (next(k for k in options if bool(k.kept) is is_kept and k.tiles == 4) for is_kept in (False, True))
-    assert 1 < options[kept].forward_runs < options[leaner].forward_runs - 0.1
+    runs = [option.forward_runs for knobs, option in options.items() if knobs.tiles == 4]
+    assert max(runs) > 1.8 and 1 < min(runs) < 1.1
 
 
 def test_nothing_and_everything(of_plan):
