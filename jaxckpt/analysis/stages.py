@@ -52,26 +52,26 @@ def pieces_between(
     return pieces
 
 
-def run_before_pieces(jaxpr: Any, pieces: Sequence[Piece], kept: Collection[int] = frozenset()) -> set[int]:
+def run_before_pieces(jaxpr: Any, pieces: Sequence[Piece], kept: Collection[Any] = frozenset()) -> set[int]:
     """The equations that a block's backward pass runs, before any piece of it, for what enters the pieces; by number.
 
     Arguments:
-        kept: the equations whose values are kept.
+        kept: the variables that are kept.
     """
     made_by = {var: i for i, eqn in enumerate(jaxpr.eqns) for var in eqn.outvars}
     left = [
-        i
+        var
         for piece in pieces
         for eqn in jaxpr.eqns[piece.begin : piece.end]
         for var in jx.variables(eqn.invars)
-        if (i := made_by.get(var, piece.begin)) < piece.begin
+        if made_by.get(var, piece.begin) < piece.begin
     ]
     run: set[int] = set()
     while left:
-        i = left.pop()
-        if i not in run and i not in kept:
-            run.add(i)
-            left += [made_by[var] for var in jx.variables(jaxpr.eqns[i].invars) if var in made_by]
+        var = left.pop()
+        if var in made_by and var not in kept and made_by[var] not in run:
+            run.add(made_by[var])
+            left += jx.variables(jaxpr.eqns[made_by[var]].invars)
     return run
 
 

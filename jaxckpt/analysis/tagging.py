@@ -70,9 +70,10 @@ def equation_of(name: str) -> int:
     return int(re.match(r"\d+", name.removeprefix(_VALUE))[0])  # pyright: ignore[reportOptionalSubscript]
 
 
-def is_inside(name: str) -> bool:
-    """Whether the value of a `value_name` is inside of its equation, and no output of it."""
-    return "in" in name.removeprefix(_VALUE)
+def output_of(name: str) -> tuple[int, int] | None:
+    """The equation that a value of `value_name` is of, and which of its outputs; None for a value inside of it."""
+    found = re.fullmatch(r"(\d+)out(\d+)", name.removeprefix(_VALUE))
+    return None if found is None else (int(found[1]), int(found[2]))
 
 
 def is_value_name(tag: str) -> bool:

@@ -19,7 +19,7 @@ from jaxckpt.engine import check
 from jaxckpt.engine.offload import is_offloaded
 from jaxckpt.policies.grammar import JaxPolicy, nothing
 
-_CANDIDATES_OF_TILES = 40  # more made the modelled peak less, and the compiled one more
+_CANDIDATES_OF_TILES = 50  # with fewer dropout is in the way; more made the modelled peak less, and the compiled one more
 # Of the memory that the block takes whole: what it may cost that slices take less time, as much as a run of it. Less than
 # that run itself is worth (`cuts.WORTH`), since what starts cost is known to a factor of three only.
 _WORTH_OF_SLICES = 0.02

@@ -5,9 +5,9 @@ while the other half is still to be run, with both halves' values alive. So the 
 that autodiff wants of it is there: 18.75 GiB instead of 21.85 for 48 Pairformer blocks of 768 tokens (compiled for H200, JAX
 0.10.2). `optimization_barrier` would not do: it is gone when XLA puts the operations in order.
 
-A value that is kept by its tag, and used by later pieces only, is tagged behind its piece. Inside of it JAX would keep it
-twice, since what a `jax.checkpoint` keeps for itself and what it returns are two results of one equation: 24 blocks of a
-transformer that keep 2 GiB each kept 56.7 GiB instead of 48.1.
+A value that is kept by its tag, and used by later pieces only, is tagged behind its piece, in the `jax.checkpoint` of the
+block. Inside of the piece JAX would keep it twice, since what a `jax.checkpoint` keeps for itself and what it returns are
+two results of one equation: 24 blocks of a transformer that keep 2 GiB each kept 56.7 GiB instead of 48.1.
 """
 
 import functools
@@ -18,29 +18,33 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
+from jax.ad_checkpoint import Recompute, checkpoint_name
 from jax.extend import core
+from jax.extend.core.primitives import name_p
 
+from jaxckpt.analysis import flow, tagging
 from jaxckpt.analysis import jaxpr as jx
-from jaxckpt.analysis import tagging
 from jaxckpt.analysis.flow import last_uses
 from jaxckpt.analysis.numbering import Scope, as_function
 from jaxckpt.analysis.stages import Piece
 from jaxckpt.engine.tiled import Flat, in_slices
 from jaxckpt.policies.grammar import JaxPolicy, everything, nothing
 
-_NAMELESS = "jaxckpt_nameless"  # a tag that no policy keeps
+_NAMELESS = "jaxckpt_nameless"
 
 
-def in_pieces(closed: Any, pieces: Sequence[Piece], keep: JaxPolicy, scope: Scope | None = None) -> Flat:
+def in_pieces(
+    closed: Any, pieces: Sequence[Piece], keep: JaxPolicy, scope: Scope | None = None, is_within: bool = True
+) -> Flat:
     """A function of flat arguments that runs an inlined jaxpr piece by piece, each piece checkpointed.
 
     Arguments:
         keep: the `jax.checkpoint` policy of each piece; under `everything` what crosses the cuts is kept.
         scope: of each equation, by its number.
+        is_within: whether it runs in another `jax.checkpoint` of that policy, which keeps what is tagged behind a piece.
     """
     ends = last_uses(closed.jaxpr)
-    jaxpr, behind = _tagged_behind(closed.jaxpr, pieces)
+    jaxpr, behind = _tagged_behind(closed.jaxpr, pieces, keep) if is_within else (closed.jaxpr, {})
     policy = nothing if keep is everything else keep
     parts = []
     for piece in pieces:
@@ -61,18 +65,34 @@ def in_pieces(closed: Any, pieces: Sequence[Piece], keep: JaxPolicy, scope: Scop
     return run
 
 
-def _tagged_behind(jaxpr: Any, pieces: Sequence[Piece]) -> tuple[Any, dict[Any, str]]:
-    """The jaxpr without the tags of values that only later pieces use, and these tags."""
+def _tagged_behind(jaxpr: Any, pieces: Sequence[Piece], keep: JaxPolicy) -> tuple[Any, dict[Any, str]]:
+    """The jaxpr in which tags that belong behind their piece are nameless, and these tags, by the variable they tag.
+
+    What has no derivative, a mask say, stays tagged inside: the reversal engine keeps it once for all blocks if it can.
+    """
     eqns, behind = list(jaxpr.eqns), {}
     for piece in pieces:
         used = {var for eqn in jaxpr.eqns[piece.begin : piece.end] for var in jx.variables(eqn.invars)}
         for i in range(piece.begin, piece.end):
-            tag = tagging.tag_of(eqn := jaxpr.eqns[i])
-            if tag is not None and used.isdisjoint(eqn.outvars):
-                behind[eqn.outvars[0]] = tag
-                (nameless,) = jx.trace(lambda x: checkpoint_name(x, _NAMELESS), eqn.outvars[0].aval).jaxpr.eqns
+            eqn = jaxpr.eqns[i]
+            tag = tagging.tag_of(eqn)
+            if tag is None or not used.isdisjoint(eqn.outvars):
+                continue
+            [var] = eqn.outvars
+            [fixed] = flow.constant_in_derivatives(jaxpr.replace(outvars=[var], eqns=jaxpr.eqns[: i + 1]))
+            if not fixed and _keeps(keep, tag, var.aval) and not _keeps(keep, _NAMELESS, var.aval):
+                [nameless] = jx.trace(lambda x: checkpoint_name(x, _NAMELESS), var.aval).jaxpr.eqns
                 eqns[i] = nameless.replace(invars=eqn.invars, outvars=eqn.outvars, source_info=eqn.source_info)
+                behind[var] = tag
     return jaxpr.replace(eqns=eqns), behind
+
+
+def _keeps(keep: JaxPolicy, tag: str, aval: Any) -> bool:
+    """Whether a policy keeps or offloads what has a tag; a function of the user's may know only tags of its own."""
+    try:
+        return keep(name_p, aval, name=tag) not in (False, Recompute)
+    except Exception:
+        return True
 
 
 def crossing_bytes(jaxpr: Any, pieces: Sequence[Piece]) -> int:

@@ -78,9 +78,10 @@ def checkpointed(closed: Any, keep: JaxPolicy, arrays: list[Any], pieces: Sequen
     """What `jax.checkpoint` of a jaxpr under a policy returns; where it is in pieces, each of them is checkpointed too."""
     # It stands in no loop of ours, but one of its own may offload.
     guarded = guard_offload(keep, loop_that_offloads(closed.jaxpr, keep) is not None)
-    run = in_pieces(closed, pieces, guarded.keep) if pieces else jx.as_function(closed)
+    again = is_run_again(closed, pieces, arrays)
+    run = in_pieces(closed, pieces, guarded.keep, is_within=again) if pieces else jx.as_function(closed)
     # It is straight-line code: without the barrier XLA would merge the re-run with the forward pass.
-    if is_run_again(closed, pieces, arrays):
+    if again:
         run = jax.checkpoint(run, policy=guarded.keep, prevent_cse=True)
     return guarded.mark(run(*guarded.mark(arrays)))
 

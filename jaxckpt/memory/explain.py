@@ -364,7 +364,7 @@ def _seconds(run: Run, kept: list[_Residual], wanted: list[_Residual], rates: An
         trade = tradeoff_of(closed, rates)
         forward, rerun = trade.forward_seconds, trade.again_seconds({number[i] for i in have}) if missing else 0.0
     if is_cut:  # and before that once for what enters the pieces
-        before = run_before_pieces(run.closed.jaxpr, run.pieces, have)
+        before = run_before_pieces(run.closed.jaxpr, run.pieces, {var for i in have for var in eqns[i].outvars})
         merged, number = inlining.merge(run.closed)
         rerun += sum(cost(merged.jaxpr.eqns[i], rates).seconds for i in sorted({number[i] for i in before}))
     return {"forward_seconds": forward, "rerun_seconds": rerun}

@@ -1,4 +1,4 @@
-"""What a block takes in pieces: bytes of the largest, what is run for what enters them, and what slices take longer."""
+"""What a block takes in pieces: bytes of the largest, and seconds for what enters each and for slices."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple, cast
@@ -26,7 +26,7 @@ class Cut(NamedTuple):
         knobs: that cut it so.
         bytes: that are wanted at once while its largest piece is differentiated.
         slicing_seconds: of one run of the block, what computing pieces in slices takes longer.
-        entering_seconds: what is run for what enters the pieces, where so many of some choices of values are kept.
+        entering_seconds: what is run once more for what enters the pieces, by the names of the values that are kept.
     """
 
     knobs: Knobs
@@ -54,12 +54,11 @@ def cuts_of(run: Run, merged: Any, kept: Iterable[tuple[str, ...]], carry_bytes:
         longer = sum(slicing_seconds(flat.jaxpr, piece.tiles, rates) for piece in pieces if piece.tiles)
         is_run_again = run.is_stack or single.is_run_again(flat, pieces, run.leaves[2])
         seconds = [cost(eqn, rates).seconds for eqn in flat.jaxpr.eqns]
-        number = {id(var): i for i, eqn in enumerate(flat.jaxpr.eqns) for var in eqn.outvars}
         entering = {}
         for names in kept:
-            equations = {tagging.equation_of(name) for name in names if not tagging.is_inside(name)}
-            numbers = {number[id(merged.jaxpr.eqns[i].outvars[0])] for i in equations}
-            before = run_before_pieces(flat.jaxpr, pieces, numbers) if is_run_again else ()
+            outputs = filter(None, map(tagging.output_of, names))
+            variables = {merged.jaxpr.eqns[i].outvars[k] for i, k in outputs}  # which are those of `flat`, as it was flat
+            before = run_before_pieces(flat.jaxpr, pieces, variables) if is_run_again else ()
             entering[names] = sum(seconds[i] for i in sorted(before))
         largest = max(piece.bytes for piece in pieces)
         found[knobs.pieces] = Cut(knobs, largest + 2 * carry_bytes, longer, entering)

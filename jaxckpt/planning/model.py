@@ -3,9 +3,9 @@
 `N` blocks, `K` per chunk, `s` snapshots; of each block a choice of values is kept (`jaxckpt.analysis.tradeoff`), and of `r`
 of its blocks at once: `r = N` without chunks, else `K`. Stored are `r` times what is kept and the inputs of all blocks or
 chunks, or `s` of them. What one block takes while it is run again and differentiated is XLA's business: for that the
-backward pass of the blocks alone is compiled (`Stack.of_block`), once for all numbers of chunks and snapshots, and its trace
-says to the byte what blocks keep (autodiff may want less than was chosen, and pieces keep twice what two of them use). The
-rest of the step is left to `jaxckpt.planning.search`.
+backward pass of the blocks alone is compiled (`Stack.asked`), for gradients of parameters and carry, once for all numbers of
+chunks and snapshots, and its trace says what blocks keep (autodiff may want less than was chosen, and pieces keep twice what
+two of them use). The rest of the step is left to `jaxckpt.planning.search`.
 
 Between two settings of all blocks alike, neighbours on the convex hull of bytes and seconds, lie those under which the first
 `m` blocks take the leaner one and the others the other. The others are differentiated first, and free what they keep before
@@ -28,7 +28,7 @@ from jax.experimental.layout import Format, Layout
 
 from jaxckpt._plan import Knobs
 from jaxckpt._setting import with_knobs
-from jaxckpt.analysis import flow, inlining
+from jaxckpt.analysis import flow, inlining, tagging
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis.cost import step_seconds
 from jaxckpt.analysis.mincut import lower_hull
@@ -51,7 +51,7 @@ class Option(NamedTuple):
     Fields:
         stored_bytes: on the device, for all blocks.
         kept_bytes: of one block, beside its inputs.
-        keeping: blocks that keep that at once.
+        at_once: the blocks that keep that at once.
         block_bytes: what autodiff wants at once while a block, or its largest piece, is differentiated: a guess at what that
             takes, of which XLA fuses some away.
         seconds: of all blocks, forward and backward. forward_runs: of each block, parts of it by their time.
@@ -63,7 +63,7 @@ class Option(NamedTuple):
     knobs: Knobs
     stored_bytes: int
     kept_bytes: int
-    keeping: int
+    at_once: int
     block_bytes: int
     seconds: float
     forward_runs: float
@@ -90,7 +90,8 @@ class Phase(NamedTuple):
     """Of the backward pass of a stack whose first blocks differ from the others.
 
     Fields:
-        stored: of what options, of stacks of blocks all alike, what shares are still stored.
+        stored: what is still stored: of the first blocks, and before these of the others; each as their share of all blocks,
+            and the option of a stack of blocks that are all like them.
         option: of a stack of blocks that are all like those that are differentiated.
     """
 
@@ -98,11 +99,12 @@ class Phase(NamedTuple):
     option: Option
 
 
-class OfBlock(NamedTuple):
-    """What the trace and the compiler say of blocks.
+class Asked(NamedTuple):
+    """What the trace and the compiler say of blocks, differentiated by their parameters and the carry.
 
     Fields:
-        kept_bytes: see `Option`. taken_bytes: at once while a block is differentiated.
+        kept_bytes: of one block, beside the carry; what is kept once for all blocks is shared out.
+        taken_bytes: at once while a block is differentiated.
     """
 
     kept_bytes: float
@@ -139,7 +141,7 @@ class Stack:
         constants = [_type(value) if isinstance(value, Tracer) else value for value in run.closed.consts]
         self.run = replace(run, closed=jx.closed(run.closed.jaxpr, constants), leaves=(xs, carried, arrays))
 
-    def of_block(self, of_block: Knobs, where: Target) -> OfBlock:
+    def asked(self, of_block: Knobs, where: Target) -> Asked:
         """What blocks keep, and what their compiled backward pass takes beside what it is given and what it returns.
 
         Only that pass is compiled, of the scan engine without chunks, for gradients of `xs` and the carry (of all arrays
@@ -173,7 +175,7 @@ class Stack:
         sizes = backward.lower(leaves, cotangents).compile(compiler_options=quickly).memory_analysis()
         if sizes is None:
             raise ValueError(f"the compiler for {where.name!r} does not say what memory its programs need")
-        return OfBlock(kept / run.length - self.carry_bytes * run.is_stack, sizes.temp_size_in_bytes)
+        return Asked(kept / run.length - self.carry_bytes * run.is_stack, sizes.temp_size_in_bytes)
 
     def options(self, may_offload: bool) -> list[Option]:
         """Those that no other beats in bytes and seconds, the fastest first."""
@@ -213,8 +215,10 @@ class Stack:
         for cut, choice in itertools.product(cuts, (nothing, *choices[1:])):
             if cut.pieces and choice is choices[-1]:
                 continue  # nothing of it is run again in pieces
-            if cut.tiles in ("auto", 64) and choice is not nothing:
-                continue  # what is kept lets more than the least memory have
+            if choice is not nothing and cut.tiles in ("auto", 64):
+                continue  # who wants the least memory keeps nothing
+            if cut.tiles and not all(map(tagging.output_of, choice.names)):
+                continue  # what is kept of the inside of an equation makes it one that is not sliced
             keeping = replace(cut, policy="planned" if choice.names else "nothing", kept=choice.names)
             yield self._option(keeping, choice)
             for k in chunks:
@@ -253,7 +257,7 @@ class Stack:
             knobs=replace(fast.knobs, engine="reversal", first=(first, replace(lean.knobs, engine="reversal"))),
             stored_bytes=stored,
             kept_bytes=round(mean(lean.kept_bytes, fast.kept_bytes)),
-            keeping=self.run.length,
+            at_once=self.run.length,
             block_bytes=max(fast.block_bytes, lean.block_bytes - (stored - of_first)),
             seconds=mean(lean.seconds, fast.seconds),
             forward_runs=mean(lean.forward_runs, fast.forward_runs),
@@ -264,13 +268,13 @@ class Stack:
         length, carry, forward = self.run.length, self.carry_bytes, self.trade.forward_seconds
         per_chunk = knobs.blocks_per_ckpt
         chunks = -(-length // (per_chunk or 1))
-        on_host, keeping = 0, per_chunk or 0
+        on_host, at_once = 0, per_chunk or 0
         if per_chunk is None and knobs.snapshots is None and not knobs.offload_carry:
-            stored, keeping = length * (carry + choice.bytes), length
+            stored, at_once = length * (carry + choice.bytes), length
         else:
             inputs = knobs.snapshots or chunks
             on_host = carry * inputs if knobs.offload_carry else 0
-            stored = (2 * carry if knobs.offload_carry else inputs * carry) + keeping * (carry + choice.bytes)
+            stored = (2 * carry if knobs.offload_carry else inputs * carry) + at_once * (carry + choice.bytes)
             stored += 0 if per_chunk else carry
         again = 0.0 if choice.bytes >= self.trade.wanted_bytes else choice.rerun_seconds - self.trade.floor_seconds
         again = max(0.0, again)
@@ -280,7 +284,7 @@ class Stack:
             again += cut.entering_seconds[choice.names]
         runs = whole_runs(length, per_chunk, knobs.snapshots, knobs.engine) + again / (forward or 1.0)
         seconds = step_seconds(length, forward + longer, runs, self.rates, host_bytes=on_host, fresh_bytes=stored - on_host)
-        return Option(knobs, stored, choice.bytes, keeping, block_bytes, seconds, runs)
+        return Option(knobs, stored, choice.bytes, at_once, block_bytes, seconds, runs)
 
 
 def _type(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -20,7 +20,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from jaxckpt.planning.model import OfBlock, Option
+from jaxckpt.planning.model import Asked, Option
 from jaxckpt.planning.peaks import Combination, Known, Peaks, kind
 
 # Of the whole step, for one plan. Rounds of 12, 6, 3, 2 and 1 tell 2000 settings apart, more than a front has as a rule, and
@@ -46,7 +46,7 @@ class Compiler(Protocol):
         """The peak of the whole step, infinite where it cannot be run so."""
         ...
 
-    def block(self, i: int, option: Option) -> OfBlock | None:
+    def block(self, i: int, option: Option) -> Asked | None:
         """What blocks of the `i`-th stack keep and take, None where that cannot be asked."""
         ...
 

@@ -36,7 +36,7 @@ from jaxckpt.memory.explain import observe
 from jaxckpt.memory.measure import measure, place_of, seconds_in_turns
 from jaxckpt.memory.meshes import mesh_on, on_set_mesh
 from jaxckpt.planning import rounds
-from jaxckpt.planning.model import OfBlock, Option, Stack
+from jaxckpt.planning.model import Asked, Option, Stack
 from jaxckpt.planning.peaks import Combination, Known, Peaks, kind
 from jaxckpt.planning.rounds import COMPILATIONS
 
@@ -173,7 +173,7 @@ class _Answers:
     """
 
     compiled: dict[Combination, int] = field(default_factory=dict)
-    blocks: dict[tuple[int, Knobs], OfBlock | None] = field(default_factory=dict)
+    blocks: dict[tuple[int, Knobs], Asked | None] = field(default_factory=dict)
     refused: set[Any] = field(default_factory=set)
 
 
@@ -206,7 +206,7 @@ class _Search:
         self.answers, self.refused = answers, answers.refused
         self.plain = Combination(tuple(stack.plain() for stack in stacks.values()))
         self.seen: dict[Combination, _Seen] = {}
-        self.blocks: dict[tuple[int, Knobs], OfBlock] = {}
+        self.blocks: dict[tuple[int, Knobs], Asked] = {}
 
     def peak(self, c: Combination, predicted: float) -> float:
         """The peak of the whole step; infinite where it cannot be run so.
@@ -230,7 +230,7 @@ class _Search:
         self.seen.setdefault(c, _Seen(self.answers.compiled[c], round(predicted)))
         return self.seen[c].peak_bytes
 
-    def block(self, i: int, option: Option) -> OfBlock | None:
+    def block(self, i: int, option: Option) -> Asked | None:
         """What blocks of the `i`-th stack keep and take; None where they cannot be compiled alone."""
         stack, key = list(self.stacks.values())[i], (i, option.of_block)
         if self.where.count > 1 or not stack.can_be_alone:
@@ -239,7 +239,7 @@ class _Search:
             self.bar.doing(f"compiling one block, {option.of_block}")
             try:
                 with mesh_on(self.where):
-                    self.answers.blocks[key] = stack.of_block(option.of_block, self.where)
+                    self.answers.blocks[key] = stack.asked(option.of_block, self.where)
             except Exception:
                 self.answers.blocks[key] = None
             self.bar.advance()

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from jaxckpt import checkpoint_scan, explain
+from jaxckpt import checkpoint, checkpoint_scan, explain
 from tests.support import QUICK, plain_loop, random_like, relative_error
 
 N = 4
@@ -176,23 +176,61 @@ def test_runs_of_a_block(piece, in_stages):
     assert counted_runs(stages="tags:first", policy="save:first") == 2  # what enters the second piece is kept
 
 
+def layers(w, x):
+    for name in ("first", "second"):
+        x = checkpoint_name(jnp.sin(x @ w), name)
+    return jnp.tanh(x @ w)
+
+
+def kept(fn, *args):
+    """What differentiating `fn` keeps, without its inputs: the number of entries of each."""
+    pull = jax.make_jaxpr(lambda *args: jax.vjp(fn, *args)[1])(*args).jaxpr
+    return sorted(var.aval.size for var in pull.outvars if var not in pull.invars)
+
+
+LAYERS = jnp.ones((N, 6, 6)), jnp.ones((5, 6))
+
+
 @pytest.mark.parametrize("engine", ["scan", "reversal"])
-def test_what_is_kept_and_crosses_a_cut_is_kept_once(engine):
-    def layers(w, x):
-        for name in ("first", "second"):
-            x = checkpoint_name(jnp.sin(x @ w), name)
-        return jnp.tanh(x @ w)
+@pytest.mark.parametrize("stages", [None, "tags:first", "tags:first,second"])
+def test_what_is_kept_for_later_pieces_is_kept_once(engine, stages):
+    stack = checkpoint_scan(layers, policy="save:first,second", stages=stages, engine=engine)
+    assert kept(stack, *LAYERS) == [N * 5 * 6] * 3
 
-    args = jnp.ones((N, 6, 6)), jnp.ones((5, 6))
 
-    def kept(**knobs):
-        pull = jax.make_jaxpr(lambda *args: jax.vjp(checkpoint_scan(layers, engine=engine, **knobs), *args)[1])(*args)
-        return sum(var.aval.size for var in pull.jaxpr.outvars if var not in pull.jaxpr.invars)
+def of_own_tags(prim, *_, **params):
+    return {"first": True, "second": False}[params["name"]] if prim.name == "name" else False
 
-    whole = kept(policy="save:first,second")
-    assert whole == 3 * N * 5 * 6
-    assert kept(policy="save:first,second", stages="tags:first,second") == whole
-    assert kept(policy="save:first,second", stages="tags:first") == whole
+
+@pytest.mark.parametrize("engine", ["scan", "reversal"])
+@pytest.mark.parametrize(
+    "policy, count", [(jax.checkpoint_policies.save_any_names_but_these("first", "second"), 1), (of_own_tags, 3)]
+)
+def test_policies_that_are_functions_and_may_know_their_own_tags_only(policy, count, engine):
+    stack = checkpoint_scan(layers, policy=policy, stages="tags:first", engine=engine)
+    assert kept(stack, *LAYERS) == [N * 5 * 6] * count
+
+
+@pytest.mark.parametrize("engine", ["scan", "reversal"])
+def test_a_mask_that_is_kept_and_crosses_a_cut_is_no_array_per_block(engine):
+    def masked(w, x, *, m):
+        mask = checkpoint_name(m > 0, "mask")
+        x = jnp.where(mask, jnp.sin(x @ w), 0.0)
+        return jnp.where(mask, jnp.tanh(x @ w), 0.0)
+
+    stack = checkpoint_scan(masked, policy="save:mask", stages="tags:mask", engine=engine)
+    assert kept(lambda w, x: stack(w, x, m=x), *LAYERS) == [5 * 6, N * 5 * 6]
+
+
+def test_what_is_no_stack_offloads_beside_stages():
+    def fn(w, x):
+        return jnp.tanh(checkpoint_name(jnp.sin(x @ w), "first") @ w).sum()
+
+    pull = jax.make_jaxpr(lambda *args: jax.vjp(checkpoint(fn, policy="offload:first", stages="tags:first"), *args)[1])
+    whole = jnp.ones((10, 10))
+    found = pull(whole, whole).jaxpr
+    spaces = [str(var.aval) for var in found.outvars if var not in found.invars]
+    assert len(spaces) == 1 and "host" in spaces[0]
 
 
 def test_explain_counts_the_pieces():

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from jaxckpt._plan import Knobs
-from jaxckpt.planning.model import OfBlock, Option
+from jaxckpt.planning.model import Asked, Option
 from jaxckpt.planning.peaks import Combination, Known, Peaks, kind
 from jaxckpt.planning.rounds import fastest, least, untried
 
@@ -20,7 +20,7 @@ class MadeUp:
         draw = random.Random(seed)
         self.peaks = {c: round(Peaks(FIXED, Known()).predicted(c) * math.exp(draw.gauss(0.1, error))) for c in combinations}
         self.blocks = {
-            o.of_block: OfBlock(o.kept_bytes, round(draw.uniform(0.2, 1.2) * o.block_bytes))
+            o.of_block: Asked(o.kept_bytes, round(draw.uniform(0.2, 1.2) * o.block_bytes))
             for (o,) in (c.options for c in combinations)
         }
         self.never, self.refused, self.compiled = set(refused), set(), []
