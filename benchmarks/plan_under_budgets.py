@@ -70,9 +70,8 @@ def planned(name: str, target: str, alone: int) -> dict[str, Any]:
     step, arguments = step_of(stack), stack.arguments()
     search.forget()
     least = plan(step, *arguments, objective="memory", budget="9999GiB", target=target, progress=False)
-    most = max(
-        least.most_bytes, *(row["peak_bytes"] for row in peers(name, target) if row["setting"].endswith("everything"))
-    )
+    everything = [row["peak_bytes"] for row in peers(name, target) if row["setting"].endswith("everything")]
+    most = max([least.most_bytes, *everything])
     rows = []
     budgets = np.geomspace(least.peak_bytes, most, BUDGETS).astype(int).tolist()
     for budget in tqdm(budgets, desc=f"{name} for {target}"):
