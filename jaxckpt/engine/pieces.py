@@ -71,19 +71,24 @@ def _tagged_behind(jaxpr: Any, pieces: Sequence[Piece], keep: JaxPolicy) -> tupl
     What has no derivative, a mask say, stays tagged inside: the reversal engine keeps it once for all blocks if it can.
     """
     eqns, behind = list(jaxpr.eqns), {}
+    tags = {eqn.outvars[0]: tag for eqn in eqns if (tag := tagging.tag_of(eqn)) is not None}
+    fixed = dict(zip(tags, flow.constant_in_derivatives(jaxpr.replace(outvars=list(tags))), strict=True))
     for piece in pieces:
         used = {var for eqn in jaxpr.eqns[piece.begin : piece.end] for var in jx.variables(eqn.invars)}
         for i in range(piece.begin, piece.end):
             eqn = jaxpr.eqns[i]
-            tag = tagging.tag_of(eqn)
-            if tag is None or not used.isdisjoint(eqn.outvars):
+            if tagging.tag_of(eqn) is None:
                 continue
             [var] = eqn.outvars
-            [fixed] = flow.constant_in_derivatives(jaxpr.replace(outvars=[var], eqns=jaxpr.eqns[: i + 1]))
-            if not fixed and _keeps(keep, tag, var.aval) and not _keeps(keep, _NAMELESS, var.aval):
+            if (
+                var not in used
+                and not fixed[var]
+                and _keeps(keep, tags[var], var.aval)
+                and not _keeps(keep, _NAMELESS, var.aval)
+            ):
                 [nameless] = jx.trace(lambda x: checkpoint_name(x, _NAMELESS), var.aval).jaxpr.eqns
                 eqns[i] = nameless.replace(invars=eqn.invars, outvars=eqn.outvars, source_info=eqn.source_info)
-                behind[var] = tag
+                behind[var] = tags[var]
     return jaxpr.replace(eqns=eqns), behind
 
 

@@ -357,15 +357,14 @@ def _seconds(run: Run, kept: list[_Residual], wanted: list[_Residual], rates: An
     # Of a loop or a call that keeps some of its values, all is run again for the others.
     partly = {r.origin.number for r in missing if r.origin.number is not None and jx.inner_jaxprs(eqns[r.origin.number])}
     have = {r.origin.number for r in kept if r.origin.number is not None} - partly
+    merged, number = inlining.merge(run.closed)
     if any(map(jx.is_checkpoint, eqns)):
         forward, rerun = _beside_checkpoints(run, have, wanted, rates)
     else:
-        closed, number = inlining.merge(run.closed)
-        trade = tradeoff_of(closed, rates)
+        trade = tradeoff_of(merged, rates)
         forward, rerun = trade.forward_seconds, trade.again_seconds({number[i] for i in have}) if missing else 0.0
     if is_cut:  # and before that once for what enters the pieces
         before = run_before_pieces(run.closed.jaxpr, run.pieces, {var for i in have for var in eqns[i].outvars})
-        merged, number = inlining.merge(run.closed)
         rerun += sum(cost(merged.jaxpr.eqns[i], rates).seconds for i in sorted({number[i] for i in before}))
     return {"forward_seconds": forward, "rerun_seconds": rerun}
 
