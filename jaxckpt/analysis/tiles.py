@@ -71,21 +71,18 @@ class Tiles(NamedTuple):
     count: int
 
 
-class Tiler:
-    """Ways to slice the pieces of one inlined jaxpr; what its equations need is asked once.
+class Tilings:
+    """Ways to slice the pieces of one inlined jaxpr, whatever the number of slices; what its equations need is asked once.
 
     Arguments:
         wanted: for each equation the bytes that autodiff wants of it, see `numbering.residual_bytes`.
-        most: the slices of a piece at most; None for as many as keep each of them large.
         stays_whole: equations that are not computed in slices although they could be, by number.
     """
 
-    def __init__(
-        self, jaxpr: Any, wanted: Sequence[int], most: int | None = None, stays_whole: Collection[int] = frozenset()
-    ):
-        self.jaxpr, self.wanted, self.given_most, self.stays_whole = jaxpr, wanted, most, stays_whole
+    def __init__(self, jaxpr: Any, wanted: Sequence[int], stays_whole: Collection[int] = frozenset()):
+        self.jaxpr, self.wanted, self.stays_whole = jaxpr, wanted, stays_whole
         self.rule = functools.cache(self._rule)
-        self.best = functools.cache(self._best)
+        self.of = functools.cache(self._of)
         self.small = sum(wanted) * _SMALL_PIECE
         self.ends = flow.last_uses(jaxpr)
         self.variables = [jx.variables(eqn.invars) for eqn in jaxpr.eqns]
@@ -102,37 +99,14 @@ class Tiler:
         made = dict.fromkeys(var for eqn in self.jaxpr.eqns[begin:end] for var in eqn.outvars)
         return [var for var in made if self.ends.get(var, -1) >= end]
 
-    def _best(self, begin: int, end: int) -> tuple[int, Tiles | None]:
-        """The least that autodiff wants of a piece at once, and how it is sliced for that; None where it stays whole."""
-        least, best = sum(self.wanted[begin:end]), None
-        if least < self.small:
-            return least, best
-        for axes, size in self._axes(self.outputs(begin, end)):
-            tiling = self.tiling(begin, end, axes, size, least * _WORTH)
-            if tiling is None or (count := self._most(tiling)) < 2:
-                continue
-            if (found := self.bytes(tiling, count)) < least * _WORTH:
-                least, best = found, Tiles(tiling, count)
-        return least, best
-
-    def wants(self, begin: int, end: int) -> int:
-        """The least that autodiff wants of a piece at once."""
-        return self.best(begin, end)[0]
-
-    def fewest(self, begin: int, end: int, room: int) -> Tiles | None:
-        """As few slices as bring what autodiff wants of a piece into `room`; None where it is so anyway, or cannot be."""
-        found = self.best(begin, end)[1]
-        if found is None or sum(self.wanted[begin:end]) <= room:
-            return None
-        fits = (count for count in range(2, found.count) if self.bytes(found.tiling, count) <= room)
-        count = _rounded(next(fits, found.count), found.tiling.size, found.count)
-        return Tiles(self._with_conversions(found.tiling, self.outputs(begin, end)), count)
-
-    def bytes(self, tiling: Tiling, count: int) -> int:
-        """What autodiff wants of a piece at once, in `count` slices: the whole values, one slice, and what enters it."""
-        whole = sum(self.wanted[i] for i in tiling.before)
-        entering = sum(jx.nbytes(place.of(self.jaxpr).aval) for place, _ in tiling.entering)  # as a stack of slices
-        return whole + entering + math.ceil(sum(self.wanted[i] for i in tiling.inside) / count)
+    def _of(self, begin: int, end: int) -> list[Tiling]:
+        """Those of a piece that can be worth it; none of a small piece."""
+        wanted = sum(self.wanted[begin:end])
+        if wanted < self.small:
+            return []
+        axes = self._axes(self.outputs(begin, end))
+        found = (self.tiling(begin, end, *along, limit=wanted * _WORTH) for along in axes)
+        return [tiling for tiling in found if tiling is not None]
 
     def obstacles(self, begin: int, end: int) -> list[int]:
         """The equations of a piece that were asked for slices and cannot be computed in any, the largest first."""
@@ -140,12 +114,6 @@ class Tiler:
         for axes, size in self._axes(self.outputs(begin, end)):
             self.tiling(begin, end, axes, size, obstacles=found)
         return sorted(found, key=lambda i: -self.entries[i])
-
-    def _most(self, tiling: Tiling) -> int:
-        """The slices that are worth trying; a number that divides the axis, where there is one that is not much smaller."""
-        large = max(self.entries[i] for i in tiling.inside) // LEAST_ENTRIES
-        most = min(tiling.size, min(MOST, large) if self.given_most is None else self.given_most)
-        return max((n for n in range(most // 2 + 1, most + 1) if tiling.size % n == 0), default=most)
 
     def _axes(self, out: Sequence[Any]) -> Iterator[tuple[Axes, int]]:
         """The axes along which outputs of a piece may be sliced, all of one size."""
@@ -203,7 +171,7 @@ class Tiler:
         made = {var for i in inside for var in self.jaxpr.eqns[i].outvars}
         if not all(axis is None or var in made for var, axis in zip(out, axes, strict=True)):
             return None
-        return self._tiling(axes, size, before[::-1], dict(sorted(inside.items())))
+        return self.made_of(axes, size, before[::-1], dict(sorted(inside.items())))
 
     def _common(self, number: int, wishes: Sequence[tuple[int, set[int | None]]]) -> Rule | None:
         """The one rule by which an equation gives all slices that are asked of it."""
@@ -216,19 +184,8 @@ class Tiler:
             return None
         return found
 
-    def _with_conversions(self, tiling: Tiling, out: Sequence[Any]) -> Tiling:
-        """With conversions to fewer bits in the loop, where only the loop uses the result, and all of it."""
-        before, inside = list(tiling.before), dict(tiling.inside)
-        sliced = {place.of(self.jaxpr) for place, _ in tiling.entering}
-        for i in tiling.before[::-1]:
-            (var, *more), rest = self.jaxpr.eqns[i].outvars, [k for k in before if k != i]
-            is_used = var in out or var in sliced or any(var in self.variables[k] for k in rest)
-            if not more and not is_used and _narrows(self.jaxpr.eqns[i]):
-                before.remove(i)
-                inside[i] = None
-        return self._tiling(tiling.axes, tiling.size, before, dict(sorted(inside.items())))
-
-    def _tiling(self, axes: Axes, size: int, before: Sequence[int], inside: dict[int, Rule | None]) -> Tiling:
+    def made_of(self, axes: Axes, size: int, before: Sequence[int], inside: dict[int, Rule | None]) -> Tiling:
+        """The tiling that runs these equations before its loop and inside."""
         made = {var for i in inside for var in self.jaxpr.eqns[i].outvars}
         given: dict[tuple[Any, int | None], Place] = {}
         for i, found in inside.items():
@@ -239,6 +196,64 @@ class Tiler:
         entering = tuple((place, axis) for (_, axis), place in given.items() if axis is not None)
         shared = tuple(place for (_, axis), place in given.items() if axis is None)
         return Tiling(axes, size, tuple(before), inside, entering, shared)
+
+
+class Tiler:
+    """The best slices of pieces.
+
+    Arguments:
+        most: the slices of a piece at most; None for as many as keep each of them large.
+    """
+
+    def __init__(self, tilings: Tilings, most: int | None = None):
+        self.tilings, self.given_most = tilings, most
+        self.jaxpr, self.wanted = tilings.jaxpr, tilings.wanted
+        self.best = functools.cache(self._best)
+
+    def _best(self, begin: int, end: int) -> tuple[int, Tiles | None]:
+        """The least that autodiff wants of a piece at once, and how it is sliced for that; None where it stays whole."""
+        least, best = sum(self.wanted[begin:end]), None
+        for tiling in self.tilings.of(begin, end):
+            if (count := self._most(tiling)) >= 2 and (found := self.bytes(tiling, count)) < least * _WORTH:
+                least, best = found, Tiles(tiling, count)
+        return least, best
+
+    def wants(self, begin: int, end: int) -> int:
+        """The least that autodiff wants of a piece at once."""
+        return self.best(begin, end)[0]
+
+    def fewest(self, begin: int, end: int, room: int) -> Tiles | None:
+        """As few slices as bring what autodiff wants of a piece into `room`; None where it is so anyway, or cannot be."""
+        found = self.best(begin, end)[1]
+        if found is None or sum(self.wanted[begin:end]) <= room:
+            return None
+        fits = (count for count in range(2, found.count) if self.bytes(found.tiling, count) <= room)
+        count = _rounded(next(fits, found.count), found.tiling.size, found.count)
+        return Tiles(self._with_conversions(found.tiling, self.tilings.outputs(begin, end)), count)
+
+    def bytes(self, tiling: Tiling, count: int) -> int:
+        """What autodiff wants of a piece at once, in `count` slices: the whole values, one slice, and what enters it."""
+        whole = sum(self.wanted[i] for i in tiling.before)
+        entering = sum(jx.nbytes(place.of(self.jaxpr).aval) for place, _ in tiling.entering)  # as a stack of slices
+        return whole + entering + math.ceil(sum(self.wanted[i] for i in tiling.inside) / count)
+
+    def _most(self, tiling: Tiling) -> int:
+        """The slices that are worth trying; a number that divides the axis, where there is one that is not much smaller."""
+        large = max(self.tilings.entries[i] for i in tiling.inside) // LEAST_ENTRIES
+        most = min(tiling.size, min(MOST, large) if self.given_most is None else self.given_most)
+        return max((n for n in range(most // 2 + 1, most + 1) if tiling.size % n == 0), default=most)
+
+    def _with_conversions(self, tiling: Tiling, out: Sequence[Any]) -> Tiling:
+        """With conversions to fewer bits in the loop, where only the loop uses the result, and all of it."""
+        before, inside = list(tiling.before), dict(tiling.inside)
+        sliced = {place.of(self.jaxpr) for place, _ in tiling.entering}
+        for i in tiling.before[::-1]:
+            (var, *more), rest = self.jaxpr.eqns[i].outvars, [k for k in before if k != i]
+            is_used = var in out or var in sliced or any(var in self.tilings.variables[k] for k in rest)
+            if not more and not is_used and _narrows(self.jaxpr.eqns[i]):
+                before.remove(i)
+                inside[i] = None
+        return self.tilings.made_of(tiling.axes, tiling.size, before, dict(sorted(inside.items())))
 
 
 def _rounded(count: int, size: int, most: int) -> int:

@@ -14,7 +14,7 @@ from jaxckpt.analysis.cost import REFERENCE
 from jaxckpt.analysis.cuts import SLACK, Block, find_cuts
 from jaxckpt.analysis.slices_cost import slicing_seconds
 from jaxckpt.analysis.stages import Piece, cuts_at_tags, pieces_between
-from jaxckpt.analysis.tiles import Tiler, Tiles
+from jaxckpt.analysis.tiles import Tiler, Tiles, Tilings
 from jaxckpt.engine import check
 from jaxckpt.engine.offload import is_offloaded
 from jaxckpt.policies.grammar import JaxPolicy, nothing
@@ -81,21 +81,27 @@ def pieces_of(
 
 
 _recent: Recent[list[Piece]] = Recent()
+_tilings: Recent[Tilings] = Recent(1)  # which are many, and the same for all numbers of slices that a plan looks at
 
 
 def _pieces(flat: Any, carried: tuple[int, ...], stages: Stages, tiles: Most, whole: frozenset[int]) -> list[Piece]:
     """The pieces of a block; equal blocks are looked at once, since a search for slices takes seconds."""
-    asked = carried, stages, tiles, whole
     # A custom_jvp is sliced by its rule too, of which the text says nothing.
     customs = [eqn for eqn in jx.equations(flat.jaxpr) if eqn.primitive.name == "custom_jvp_call"] if tiles else []
-    rules = tuple(rule and jx.text(rule) for rule in map(flow.derivative, customs))
-    return _recent.of((jx.text(flat), rules, *asked), lambda: _found(flat, *asked))
+    program = jx.text(flat), tuple(rule and jx.text(rule) for rule in map(flow.derivative, customs))
+
+    def found() -> list[Piece]:
+        if not tiles:
+            return _found(flat, carried, stages, None)
+        tilings = _tilings.of((program, whole), lambda: Tilings(flat.jaxpr, numbering.residual_bytes(flat), whole))
+        return _found(flat, carried, stages, Tiler(tilings, None if tiles == "auto" else tiles))
+
+    return _recent.of((program, carried, stages, tiles, whole), found)
 
 
-def _found(flat: Any, carried: tuple[int, ...], stages: Stages, tiles: Most, whole: frozenset[int]) -> list[Piece]:
-    wanted = numbering.residual_bytes(flat)
+def _found(flat: Any, carried: tuple[int, ...], stages: Stages, tiler: Tiler | None) -> list[Piece]:
+    wanted = numbering.residual_bytes(flat) if tiler is None else tiler.wanted
     block = Block(flat, carried, wanted)
-    tiler = Tiler(flat.jaxpr, wanted, None if tiles == "auto" else tiles, whole) if tiles else None
     most = stages if isinstance(stages, int) else None
     if isinstance(stages, tuple):
         cuts = cuts_at_tags(flat, stages)
@@ -107,7 +113,7 @@ def _found(flat: Any, carried: tuple[int, ...], stages: Stages, tiles: Most, who
     return [
         piece._replace(
             bytes=tiler.bytes(*piece.tiles) if piece.tiles else piece.bytes,
-            obstacles=tuple(tiler.obstacles(piece.begin, piece.end)),
+            obstacles=tuple(tiler.tilings.obstacles(piece.begin, piece.end)),
         )
         for piece in pieces
     ]

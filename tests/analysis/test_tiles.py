@@ -6,7 +6,7 @@ import pytest
 
 from jaxckpt.analysis import inlining, numbering
 from jaxckpt.analysis import jaxpr as jx
-from jaxckpt.analysis.tiles import Tiler, entries
+from jaxckpt.analysis.tiles import Tiler, Tilings, entries
 from tests.support import slice_small_values
 
 N, D = 12, 4
@@ -22,7 +22,7 @@ def traced(fn, *shapes, dtype="float32"):
 
 
 def tiler_of(flat, most=None):
-    return Tiler(flat.jaxpr, numbering.residual_bytes(flat), most)
+    return Tiler(Tilings(flat.jaxpr, numbering.residual_bytes(flat)), most)
 
 
 def made_by(flat, numbers):
@@ -75,16 +75,16 @@ def test_what_is_asked_for_along_two_axes_is_whole():
         return jnp.cos(y) + jnp.cos(y.T)
 
     flat = traced(fn, (N, N))
-    tiling = tiler_of(flat, 4).tiling(0, len(flat.jaxpr.eqns), (0,), N)
+    tiling = tiler_of(flat).tilings.tiling(0, len(flat.jaxpr.eqns), (0,), N)
     assert made_by(flat, tiling.before) == {("sin", (N, N))}
     assert {axis for _, axis in tiling.entering} == {0, 1}
 
 
 def test_what_stays_whole_is_before_the_loop():
     flat = traced(lambda x: jnp.cos(jnp.sin(x)), (N, D))
-    found = Tiler(flat.jaxpr, numbering.residual_bytes(flat), 4, stays_whole={0})
+    found = Tilings(flat.jaxpr, numbering.residual_bytes(flat), stays_whole={0})
     assert found.tiling(0, 2, (0,), N).before == (0,)
-    assert Tiler(flat.jaxpr, found.wanted, 4, stays_whole={1}).tiling(0, 2, (0,), N) is None  # what is asked for itself
+    assert Tilings(flat.jaxpr, found.wanted, stays_whole={1}).tiling(0, 2, (0,), N) is None  # what is asked for itself
 
 
 def test_conversions_to_fewer_bits_are_made_in_the_loop():
