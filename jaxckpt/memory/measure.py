@@ -144,7 +144,7 @@ def measure(
         error.add_note(f"jaxckpt.measure traced {name} with shapes in place of values: {shape_of(args)}")
         raise
     start = clock.perf_counter()
-    compiled = lowered.compile()
+    compiled = where.compile(lowered)
     compile_seconds = clock.perf_counter() - start
     if target is None:
         where = _place_of_compiled(compiled, where)

@@ -170,9 +170,7 @@ class Stack:
             lambda leaves, cotangents: jax.tree.unflatten(tree, leaves)(cotangents),
             in_shardings=jax.tree.map(lambda leaf: Format(Layout.AUTO, leaf.sharding), placed),
         )
-        # Without a GPU to measure on there is nothing to tune, and trying what there is takes a third of the time.
-        quickly: Any = {"xla_gpu_autotune_level": 0} if where.gpu is not None and not where.is_present else None
-        sizes = backward.lower(leaves, cotangents).compile(compiler_options=quickly).memory_analysis()
+        sizes = where.compile(backward.lower(leaves, cotangents)).memory_analysis()
         if sizes is None:
             raise ValueError(f"the compiler for {where.name!r} does not say what memory its programs need")
         return Asked(kept / run.length - self.carry_bytes * run.is_stack, sizes.temp_size_in_bytes)
