@@ -3,13 +3,15 @@
 The fastest within a limit is searched in rounds. A round takes the front, the settings that no other beats in seconds and
 predicted bytes, and lists a few that are spread over it. From the fastest of them on, those that should fit are compiled,
 until one does (after a few that do not the leanest is: where that does not fit either, nothing should). The next round is
-about what lies between that one and the listed one before it, with a model that was corrected by it.
+about what lies between that one and the listed one before it, with a model that was corrected by it; there is none where the
+limit is nearly used up and nothing listed should be much faster.
 
 More memory never gives a slower plan, however wrong the model is. Take a small and a large limit. As long as they settle on
 the same, they have the same lists and the same predictions, which depend neither on the limit nor on what was compiled in
 vain or for other plans. In the first list where they differ, what the small limit settles on is also tried for the large
-one, and fits, unless a faster one did. From there on one searches above what the other searches below. A round may compile
-all that it lists, half of the compilations that are left, so that no search ends in the middle of a list.
+one, and fits, unless a faster one did. From there on one searches above what the other searches below. Where the search for
+the large limit ends with what both settled on, the small one is used up no less, and that for it ends too. A round may
+compile all that it lists, half of the compilations that are left, so that no search ends in the middle of a list.
 
 Two things are outside of this. Where a step turns out not to run under some kind of setting, the search begins again without
 the like, and a limit that never came to such a setting does not. And where nothing listed fits, the setting of the least
@@ -23,12 +25,14 @@ from typing import Protocol
 from jaxckpt.planning.model import Asked, Option
 from jaxckpt.planning.peaks import Combination, Known, Peaks, kind
 
-# Of the whole step, for one plan. Rounds of 12, 6, 3, 2 and 1 tell 2000 settings apart, more than a front has as a rule, and
-# 2 to 4 are compiled.
-COMPILATIONS = 24
+# Of the whole step, for one plan. So many are never needed, by a model that is a few percent off 1 to 3; but where the first
+# list is long, 96 of a front of a hundred to a thousand, the first that is compiled is close.
+COMPILATIONS = 192
 OF_LEAST = 12  # of these, while the least memory is searched, where each is compiled
 _IN_VAIN = 3  # compilations of a list, before its leanest is compiled, which says whether any can fit
 _WORTH = 0.998  # of the seconds of the best so far; what is not faster is not worth compiling
+# What needs so much of the limit is good enough, where all that is listed and should fit takes this of its seconds or more.
+_FULL, _HARDLY_FASTER = 0.97, 0.99
 _IN_DOUBT = 1.02  # of what the model says, what the compiler may still do with less
 _BLOCKS = 2  # blocks that are compiled alone for each compilation of the step, while the least memory is searched
 
@@ -77,12 +81,13 @@ def fastest(
         slowest = math.inf if best is None else _WORTH * best.seconds
         between = [c for c in combinations if given_up < c.seconds <= slowest]
         listed = _spread(_front(between, peaks), peaks, -(-left // 2), with_ends=best is None)
-        if not listed:
+        hopeful = [c for c in listed if peaks.predicted(c) <= limit]
+        is_full = best is not None and found[best] >= _FULL * limit
+        if not listed or (is_full and all(c.seconds >= _HARDLY_FASTER * best.seconds for c in hopeful)):
             break
         left -= len(listed)
         for c in listed:
-            # Before any of it was compiled, the model may also refuse too much.
-            informed = _asked(c, peaks, _IN_DOUBT * limit if best is None else limit, compiler)
+            informed = _asked(c, peaks, limit, compiler)
             if informed is not None and fits(c, informed):
                 best, learnt = c, informed.known.with_compiled(c, round(found[c]))
                 break
@@ -139,10 +144,11 @@ def _asked(c: Combination, peaks: Peaks, limit: float, compiler: Compiler) -> Pe
 def _informed(c: Combination, peaks: Peaks, compiler: Compiler) -> Peaks:
     """The same model, if there is nothing to ask of the blocks of `c`, or another one that knows what they take."""
     known = peaks.known
-    asked = [(i, option) for i, whole in enumerate(c.options) for option in whole.of_equal_blocks]
-    unknown = [(i, option) for i, option in asked if not peaks.is_told(i, option)]
-    found = {(i, o.of_block): said for i, o in unknown if (said := compiler.block(i, o)) is not None}
-    return Peaks(peaks.fixed, Known(known.compiled, {**known.blocks, **found})) if found else peaks
+    for i, whole in enumerate(c.options):
+        for option in whole.of_equal_blocks:
+            if not Peaks(peaks.fixed, known).is_told(i, option) and (said := compiler.block(i, option)) is not None:
+                known = Known(known.compiled, {**known.blocks, (i, option.of_block): said})
+    return peaks if known is peaks.known else Peaks(peaks.fixed, known)
 
 
 def _front(combinations: Iterable[Combination], peaks: Peaks) -> list[Combination]:
