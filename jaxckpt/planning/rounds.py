@@ -31,8 +31,8 @@ COMPILATIONS = 192
 OF_LEAST = 12  # of these, while the least memory is searched, where each is compiled
 _IN_VAIN = 3  # compilations of a list, before its leanest is compiled, which says whether any can fit
 _WORTH = 0.998  # of the seconds of the best so far; what is not faster is not worth compiling
-# What needs so much of the limit is good enough, where all that is listed and should fit takes this of its seconds or more.
-_FULL, _HARDLY_FASTER = 0.97, 0.99
+_FULL = 0.97  # of the limit, of which there is little left
+_HARDLY_FASTER = 0.99  # of the seconds of the best so far, for which what is left of the limit may stay
 _IN_DOUBT = 1.02  # of what the model says, what the compiler may still do with less
 _BLOCKS = 2  # blocks that are compiled alone for each compilation of the step, while the least memory is searched
 
@@ -81,9 +81,7 @@ def fastest(
         slowest = math.inf if best is None else _WORTH * best.seconds
         between = [c for c in combinations if given_up < c.seconds <= slowest]
         listed = _spread(_front(between, peaks), peaks, -(-left // 2), with_ends=best is None)
-        hopeful = [c for c in listed if peaks.predicted(c) <= limit]
-        is_full = best is not None and found[best] >= _FULL * limit
-        if not listed or (is_full and all(c.seconds >= _HARDLY_FASTER * best.seconds for c in hopeful)):
+        if not listed or (best is not None and _is_enough(best, found[best], listed, peaks, limit)):
             break
         left -= len(listed)
         for c in listed:
@@ -133,6 +131,12 @@ def least(
             learnt, compilations = learnt.with_compiled(best, round(found)), compilations - 1
 
 
+def _is_enough(best: Combination, peak: float, listed: Iterable[Combination], peaks: Peaks, limit: float) -> bool:
+    """Whether the limit is nearly used up, and nothing that is listed and should fit is much faster."""
+    faster = [c for c in listed if c.seconds < _HARDLY_FASTER * best.seconds and peaks.predicted(c) <= limit]
+    return peak >= _FULL * limit and not faster
+
+
 def _asked(c: Combination, peaks: Peaks, limit: float, compiler: Compiler) -> Peaks | None:
     """The model that knows what the blocks of `c` take, if by it `c` is within the limit."""
     if peaks.predicted(c) > limit:  # with hopeful guesses; no need to ask
@@ -175,6 +179,7 @@ def _spread(front: list[Combination], peaks: Peaks, number: int, with_ends: bool
 
 
 def untried(limit: float, combinations: Iterable[Combination], best: Combination, peaks: Peaks) -> list[Combination]:
-    """What should be faster than the best and should fit, by all that is known, and was not compiled; the fastest first."""
-    faster = [c for c in combinations if c.seconds <= _WORTH * best.seconds and c not in peaks.known.compiled]
+    """What should be worth it and fit, by all that is known, and was not compiled; the fastest first."""
+    worth = _HARDLY_FASTER if peaks.peak(best) >= _FULL * limit else _WORTH
+    faster = [c for c in combinations if c.seconds <= worth * best.seconds and c not in peaks.known.compiled]
     return sorted((c for c in faster if peaks.predicted(c) <= limit), key=lambda c: c.seconds)

@@ -190,6 +190,35 @@ def test_a_description_that_xla_does_not_take(tmp_path, h200):
         _ = targets.get(path).devices
 
 
+class Untuned:
+    """A program of which XLA knows no kernel without autotuning."""
+
+    def __init__(self):
+        self.asked = []
+
+    def compile(self, compiler_options=None):
+        self.asked.append(compiler_options)
+        if compiler_options:
+            raise jax.errors.JaxRuntimeError("TritonBackend does not support a default config")
+        return "compiled"
+
+
+def test_what_cannot_be_compiled_without_autotuning_is_compiled_with_it(h200):
+    described, present = Untuned(), Untuned()
+    assert h200.compile(described) == "compiled" and len(described.asked) == 2
+    assert targets.get("cpu").compile(present) == "compiled" and present.asked == [None]
+
+
+def test_without_autotuning_sizes_are_the_same(h200):
+    def loss(w, x):
+        return jnp.sum(jax.nn.softmax(jnp.tanh(x @ w) @ w.T) ** 2)
+
+    shapes = h200.place([jax.ShapeDtypeStruct((256, 512), jnp.bfloat16), jax.ShapeDtypeStruct((128, 256), jnp.bfloat16)])
+    lowered = jax.jit(jax.grad(loss)).lower(*shapes)
+    quick, usual = (compiled.memory_analysis() for compiled in (h200.compile(lowered), lowered.compile()))
+    assert quick.temp_size_in_bytes == usual.temp_size_in_bytes > 0
+
+
 def test_the_target_of_devices(h200):
     assert targets.of_devices(h200.devices).name == "h200" and not targets.of_devices(h200.devices).is_present
     assert targets.of_devices(targets.get("h200:4").devices).name == "h200:4"

@@ -35,6 +35,9 @@ class MadeUp:
     def block(self, i, option):
         return self.blocks[option.of_block]
 
+    def blocks_of(self, combinations):
+        return {(0, o.of_block): self.blocks[o.of_block] for (o,) in (c.options for c in combinations)}
+
 
 def combinations_of(seed, number=60):
     """Settings of one stack that need less memory the slower they are, as a rule."""
@@ -72,6 +75,24 @@ def test_a_good_model_needs_few_compilations():
             assert best is not None and len(compiler.compiled) <= 6
             within = min(c.seconds for c in combinations if compiler.peaks[c] <= limit)
             assert best.seconds <= 1.15 * within
+
+
+def test_nothing_more_is_compiled_where_the_limit_is_nearly_used_up():
+    """And what is left then is not said to be left untried."""
+    ended = 0
+    for seed in range(20):
+        combinations = combinations_of(seed, 300)
+        limit = random.Random(seed).uniform(8_000, 90_000)
+        compiler = MadeUp(seed, combinations, 0.0)
+        best = fastest(limit, combinations, FIXED, compiler, 64)
+        assert best is not None
+        if compiler.peaks[best] < 0.97 * limit or compiler.compiled[-1] != best:
+            continue
+        ended += 1
+        known = Known({c: compiler.peaks[c] for c in compiler.compiled}, compiler.blocks_of(compiler.compiled))
+        left = untried(limit, combinations, best, Peaks(FIXED, known))
+        assert all(c.seconds < 0.99 * best.seconds for c in left)
+    assert ended > 5
 
 
 def test_more_compilations_find_no_less():
