@@ -127,8 +127,9 @@ class Plan:
         chosen: the candidate that was taken, and candidates: all that were compiled, the fastest first.
         least_bytes, most_bytes: the predicted peaks of the setting of the least memory and of no checkpointing at all.
         compilations: how many the search was allowed; None in a file of an older version.
-        untried: what should be faster and should fit by the model, and was not compiled, the fastest first; empty where the
-            model did not choose (`time=True`, `objective="memory"`).
+        untried: what should be faster and should fit by the model, and was not compiled, the fastest first: by 0.2%, or
+            by 1% where the budget is nearly used up. Empty where the model did not choose (`time=True`,
+            `objective="memory"`).
     """
 
     stacks: Mapping[str, StackPlan]
@@ -175,13 +176,13 @@ class Plan:
         if self.compilations is None or self.objective != "time" or self.chosen.measured_seconds is not None:
             return []
         if not self.untried:
-            return ["  left untried: nothing that should be faster and should fit"]
+            return ["  left untried: nothing that should be much faster and should fit"]
         first, number = self.untried[0], len(self.untried)
         said = f"{first.setting} ({first.forward_runs:.2f} forward runs, {size_text(first.predicted_bytes)} predicted)"
         settings = (
             "a setting that should be faster and fit" if number == 1 else f"{number} that should be faster and fit, first"
         )
-        return [f"  left untried: {settings}: {said}; compilations={2 * self.compilations} tries more"]
+        return [f"  left untried: {settings}: {said}; compilations={2 * self.compilations} may try more"]
 
     def to_json(self) -> dict[str, Any]:
         """All fields, as JSON has them; `first` of knobs where blocks have some of their own."""

@@ -70,21 +70,31 @@ def _reason(jaxpr: Any, pieces: Sequence[Piece], tiles: Most) -> str:
 
 
 def pieces_of(
-    closed: Any, carried: Sequence[int], stages: Stages, tiles: Most, keep: JaxPolicy = nothing
+    closed: Any,
+    carried: Sequence[int],
+    stages: Stages,
+    tiles: Most,
+    keep: JaxPolicy = nothing,
+    tilings: Recent[Tilings] | None = None,
 ) -> tuple[Any, list[Piece]]:
-    """The jaxpr of a block without side effects, inlined, and the pieces that it is cut into; arguments as of `cut`."""
+    """The jaxpr of a block without side effects, inlined, and the pieces that it is cut into; arguments as of `cut`.
+
+    Arguments:
+        tilings: to share among calls for one block: ways to slice it are the same for all numbers of slices.
+    """
     flat = inlining.inlined(closed, checkpoints=True)
     flat = inlining.results_last(inlining.merged(flat)) if tiles else flat
     asked = enumerate(flat.jaxpr.eqns) if tiles and keep is not nothing else ()
     whole = frozenset(i for i, eqn in asked if is_offloaded(eqn, keep))
-    return flat, _pieces(flat, tuple(carried), stages, tiles, whole)
+    return flat, _pieces(flat, tuple(carried), stages, tiles, whole, tilings or Recent(1))
 
 
 _recent: Recent[list[Piece]] = Recent()
-_tilings: Recent[Tilings] = Recent(1)  # which are many, and the same for all numbers of slices that a plan looks at
 
 
-def _pieces(flat: Any, carried: tuple[int, ...], stages: Stages, tiles: Most, whole: frozenset[int]) -> list[Piece]:
+def _pieces(
+    flat: Any, carried: tuple[int, ...], stages: Stages, tiles: Most, whole: frozenset[int], shared: Recent[Tilings]
+) -> list[Piece]:
     """The pieces of a block; equal blocks are looked at once, since a search for slices takes seconds."""
     # A custom_jvp is sliced by its rule too, of which the text says nothing.
     customs = [eqn for eqn in jx.equations(flat.jaxpr) if eqn.primitive.name == "custom_jvp_call"] if tiles else []
@@ -93,7 +103,7 @@ def _pieces(flat: Any, carried: tuple[int, ...], stages: Stages, tiles: Most, wh
     def found() -> list[Piece]:
         if not tiles:
             return _found(flat, carried, stages, None)
-        tilings = _tilings.of((program, whole), lambda: Tilings(flat.jaxpr, numbering.residual_bytes(flat), whole))
+        tilings = shared.of((program, whole), lambda: Tilings(flat.jaxpr, numbering.residual_bytes(flat), whole))
         return _found(flat, carried, stages, Tiler(tilings, None if tiles == "auto" else tiles))
 
     return _recent.of((program, carried, stages, tiles, whole), found)

@@ -34,7 +34,8 @@ class Measurement:
         argument_bytes, output_bytes: what it is given and what it returns.
         aliased_bytes: outputs that lie in the memory of donated arguments.
         host_bytes: pinned host memory: arguments, outputs and temporaries, aliased ones once.
-        compile_seconds: of XLA; without tracing. Next to nothing for what this process, or JAX's cache, has compiled before.
+        compile_seconds: of XLA; without tracing, and without autotuning for what is only described. Next to nothing for what
+            this process, or JAX's cache, has compiled before.
         hlo_instructions: the size of the compiled program.
         memory_bytes: of one device of the target, where it is known.
         seconds: the median time of a call; None if it was not asked for.

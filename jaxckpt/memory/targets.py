@@ -4,7 +4,6 @@ JAX's CUDA plugin compiles for a GPU that is only described to it (`jax.experime
 tells the sizes of its buffers. The plugin alone is enough: `pip install "jax[cuda12-local]"`, without NVIDIA's libraries.
 """
 
-import contextlib
 import difflib
 import functools
 import importlib.util
@@ -152,11 +151,15 @@ class Target:
         """Compiles what was lowered for the target, for the sizes of its buffers where the target is only described.
 
         There nothing can be timed, and XLA takes the first kernel of each product, after it has compiled all of them:
-        without autotuning it takes the same one, in two thirds of the time. But it knows no first one for some.
+        without autotuning it takes the same one, in two thirds of the time. But it has no first one for some: a program with
+        such is compiled again, as usual.
         """
         if not self.is_present:
-            with contextlib.suppress(jax.errors.JaxRuntimeError):
+            try:
                 return lowered.compile(compiler_options={"xla_gpu_autotune_level": 0})
+            except jax.errors.JaxRuntimeError as error:
+                if "config" not in str(error):  # "No supported config found for HLO: ..."
+                    raise
         return lowered.compile()
 
     def _sharding(self, given: Any, path: str) -> Any:

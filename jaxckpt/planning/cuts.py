@@ -4,12 +4,14 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple, cast
 
 from jaxckpt._plan import Knobs
+from jaxckpt._recent import Recent
 from jaxckpt._setting import Tiles as Most
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis import tagging
 from jaxckpt.analysis.cost import cost
 from jaxckpt.analysis.slices_cost import slicing_seconds
 from jaxckpt.analysis.stages import run_before_pieces
+from jaxckpt.analysis.tiles import Tilings
 from jaxckpt.engine import single
 from jaxckpt.engine.cutting import pieces_of
 from jaxckpt.engine.run import Run
@@ -45,9 +47,10 @@ def cuts_of(run: Run, merged: Any, kept: Iterable[tuple[str, ...]], carry_bytes:
         rates: as in `jaxckpt.analysis.cost`.
     """
     slices, found = len(run.leaves[0]), {}
+    tilings: Recent[Tilings] = Recent(1)
     carried = range(slices, slices + len(run.leaves[1]))
     for knobs in (STAGES, *TILES) if not jx.effects(merged) else ():
-        flat, pieces = pieces_of(merged, carried, "auto", cast(Most, knobs.tiles))
+        flat, pieces = pieces_of(merged, carried, "auto", cast(Most, knobs.tiles), tilings=tilings)
         is_found = any(piece.tiles for piece in pieces) if knobs.tiles else len(pieces) > 1
         if not is_found:
             continue

@@ -2,16 +2,15 @@
 
 The fastest within a limit is searched in rounds. A round takes the front, the settings that no other beats in seconds and
 predicted bytes, and lists a few that are spread over it. From the fastest of them on, those that should fit are compiled,
-until one does (after a few that do not the leanest is: where that does not fit either, nothing should). The next round is
-about what lies between that one and the listed one before it, with a model that was corrected by it; there is none where the
-limit is nearly used up and nothing listed should be much faster.
+until one does. The next round is about what lies between that one and the listed one before it, with a model that was
+corrected by it; there is none where the limit is nearly used up and nothing listed should be much faster.
 
 More memory never gives a slower plan, however wrong the model is. Take a small and a large limit. As long as they settle on
 the same, they have the same lists and the same predictions, which depend neither on the limit nor on what was compiled in
 vain or for other plans. In the first list where they differ, what the small limit settles on is also tried for the large
 one, and fits, unless a faster one did. From there on one searches above what the other searches below. Where the search for
 the large limit ends with what both settled on, the small one is used up no less, and that for it ends too. A round may
-compile all that it lists, half of the compilations that are left, so that no search ends in the middle of a list.
+compile all that it lists, half of the compilations that are left at most, so that no search ends in the middle of a list.
 
 Two things are outside of this. Where a step turns out not to run under some kind of setting, the search begins again without
 the like, and a limit that never came to such a setting does not. And where nothing listed fits, the setting of the least
@@ -25,11 +24,12 @@ from typing import Protocol
 from jaxckpt.planning.model import Asked, Option
 from jaxckpt.planning.peaks import Combination, Known, Peaks, kind
 
-# Of the whole step, for one plan. So many are never needed, by a model that is a few percent off 1 to 3; but where the first
-# list is long, 96 of a front of a hundred to a thousand, the first that is compiled is close.
-COMPILATIONS = 192
+# Of the whole step, for one plan: 1 to 3 by a model that is a few percent off, more where it misses much of the step.
+COMPILATIONS = 96
+# The first list, of a front of a hundred to a thousand. A longer one brings the first that is compiled closer, where the
+# model is right; where it misses a part of the step it is walked through in small paces, since only what fits corrects it.
+_FIRST = 32
 OF_LEAST = 12  # of these, while the least memory is searched, where each is compiled
-_IN_VAIN = 3  # compilations of a list, before its leanest is compiled, which says whether any can fit
 _WORTH = 0.998  # of the seconds of the best so far; what is not faster is not worth compiling
 _FULL = 0.97  # of the limit, of which there is little left
 _HARDLY_FASTER = 0.99  # of the seconds of the best so far, for which what is left of the limit may stay
@@ -80,7 +80,8 @@ def fastest(
         peaks = Peaks(fixed, learnt)
         slowest = math.inf if best is None else _WORTH * best.seconds
         between = [c for c in combinations if given_up < c.seconds <= slowest]
-        listed = _spread(_front(between, peaks), peaks, -(-left // 2), with_ends=best is None)
+        number = min(-(-left // 2), _FIRST)
+        listed = _spread(_front(between, peaks), peaks, number, with_ends=best is None)
         if not listed or (best is not None and _is_enough(best, found[best], listed, peaks, limit)):
             break
         left -= len(listed)
@@ -92,10 +93,7 @@ def fastest(
             if kind(c) in compiler.refused:  # begin again without the like
                 rest = [other for other in combinations if kind(other) not in compiler.refused]
                 return fastest(limit, rest, fixed, compiler, compilations)
-            given_up, leanest = c.seconds, listed[-1]
-            is_hopeless = best is None and len(found) >= _IN_VAIN and not fits(leanest, peaks)
-            if is_hopeless and kind(leanest) not in compiler.refused:
-                break
+            given_up = c.seconds
         if best is None:  # the leanest was listed too
             break
     return best

@@ -199,7 +199,7 @@ class Untuned:
     def compile(self, compiler_options=None):
         self.asked.append(compiler_options)
         if compiler_options:
-            raise jax.errors.JaxRuntimeError("TritonBackend does not support a default config")
+            raise jax.errors.JaxRuntimeError("INTERNAL: No supported config found for HLO: ...")
         return "compiled"
 
 

@@ -8,7 +8,7 @@ import pytest
 from jaxckpt._plan import Knobs
 from jaxckpt.planning.model import Asked, Option
 from jaxckpt.planning.peaks import Combination, Known, Peaks, kind
-from jaxckpt.planning.rounds import fastest, least, untried
+from jaxckpt.planning.rounds import COMPILATIONS, fastest, least, untried
 
 FIXED = 1000
 
@@ -16,9 +16,10 @@ FIXED = 1000
 class MadeUp:
     """Peaks and blocks drawn at random about what the model says; the worse the model, the wider."""
 
-    def __init__(self, seed, combinations, error, refused=()):
+    def __init__(self, seed, combinations, error, refused=(), bias=0.1):
         draw = random.Random(seed)
-        self.peaks = {c: round(Peaks(FIXED, Known()).predicted(c) * math.exp(draw.gauss(0.1, error))) for c in combinations}
+        model = Peaks(FIXED, Known()).predicted
+        self.peaks = {c: round(model(c) * math.exp(draw.gauss(bias, error))) for c in combinations}
         self.blocks = {
             o.of_block: Asked(o.kept_bytes, round(draw.uniform(0.2, 1.2) * o.block_bytes))
             for (o,) in (c.options for c in combinations)
@@ -63,6 +64,18 @@ def test_more_memory_is_never_slower_and_nothing_is_compiled_beyond_the_number(e
             found.append(math.inf if best is None else best.seconds)
             assert best is None or compiler.peaks[best] <= limit
             assert len(compiler.compiled) == len(set(compiler.compiled)) <= number
+        assert found == sorted(found, reverse=True)
+
+
+def test_more_memory_is_never_slower_near_the_least():
+    """Where much is compiled in vain."""
+    for seed in range(8):
+        combinations = combinations_of(seed, 300)
+        least_peak = min(MadeUp(seed, combinations, 0.1, bias=0.3).peaks.values())
+        found = []
+        for limit in sorted(least_peak * (1 + i / 20) for i in range(10)):
+            best = fastest(limit, combinations, FIXED, MadeUp(seed, combinations, 0.1, bias=0.3), COMPILATIONS)
+            found.append(math.inf if best is None else best.seconds)
         assert found == sorted(found, reverse=True)
 
 
