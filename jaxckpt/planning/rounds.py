@@ -2,8 +2,9 @@
 
 The fastest within a limit is searched in rounds. A round takes the front, the settings that no other beats in seconds and
 predicted bytes, and lists a few that are spread over it. From the fastest of them on, those that should fit are compiled,
-until one does. The next round is about what lies between that one and the listed one before it, with a model that was
-corrected by it; there is none where the limit is nearly used up and nothing listed should be much faster.
+until one does (after a few that do not the leanest is: where that does not fit either, nothing should). The next round is
+about what lies between that one and the listed one before it, with a model that was corrected by it; there is none where the
+limit is nearly used up and nothing listed should be much faster.
 
 More memory never gives a slower plan, however wrong the model is. Take a small and a large limit. As long as they settle on
 the same, they have the same lists and the same predictions, which depend neither on the limit nor on what was compiled in
@@ -12,9 +13,10 @@ one, and fits, unless a faster one did. From there on one searches above what th
 the large limit ends with what both settled on, the small one is used up no less, and that for it ends too. A round may
 compile all that it lists, half of the compilations that are left at most, so that no search ends in the middle of a list.
 
-Two things are outside of this. Where a step turns out not to run under some kind of setting, the search begins again without
-the like, and a limit that never came to such a setting does not. And where nothing listed fits, the setting of the least
-memory is searched, which may be a fast one that the model was wrong about.
+Three things are outside of this. Where a step turns out not to run under some kind of setting, the search begins again
+without the like, and a limit that never came to such a setting does not. Where nothing listed fits, the setting of the least
+memory is searched, which may be a fast one that the model was wrong about. And a limit near the least is given up after a
+few, where the leanest by the model is not the leanest in truth, which a smaller one that compiled fewer in vain may not be.
 """
 
 import math
@@ -28,8 +30,9 @@ from jaxckpt.planning.peaks import Combination, Known, Peaks, kind
 COMPILATIONS = 96
 # The first list, of a front of a hundred to a thousand. A longer one brings the first that is compiled closer, where the
 # model is right; where it misses a part of the step it is walked through in small paces, since only what fits corrects it.
-_FIRST = 32
+_FIRST = 24
 OF_LEAST = 12  # of these, while the least memory is searched, where each is compiled
+_IN_VAIN = 3  # compilations of a list, before its leanest is compiled, which says whether any can fit
 _WORTH = 0.998  # of the seconds of the best so far; what is not faster is not worth compiling
 _FULL = 0.97  # of the limit, of which there is little left
 _HARDLY_FASTER = 0.99  # of the seconds of the best so far, for which what is left of the limit may stay
@@ -93,7 +96,10 @@ def fastest(
             if kind(c) in compiler.refused:  # begin again without the like
                 rest = [other for other in combinations if kind(other) not in compiler.refused]
                 return fastest(limit, rest, fixed, compiler, compilations)
-            given_up = c.seconds
+            given_up, leanest = c.seconds, listed[-1]
+            is_hopeless = best is None and len(found) >= _IN_VAIN and not fits(leanest, peaks)
+            if is_hopeless and kind(leanest) not in compiler.refused:
+                break
         if best is None:  # the leanest was listed too
             break
     return best

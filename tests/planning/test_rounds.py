@@ -93,7 +93,7 @@ def test_a_good_model_needs_few_compilations():
 def test_nothing_more_is_compiled_where_the_limit_is_nearly_used_up():
     """And what is left then is not said to be left untried."""
     ended = 0
-    for seed in range(20):
+    for seed in range(40):
         combinations = combinations_of(seed, 300)
         limit = random.Random(seed).uniform(8_000, 90_000)
         compiler = MadeUp(seed, combinations, 0.0)
