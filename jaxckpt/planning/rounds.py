@@ -138,7 +138,11 @@ def least(
 def _is_enough(best: Combination, peak: float, listed: Iterable[Combination], peaks: Peaks, limit: float) -> bool:
     """Whether the limit is nearly used up, and nothing that is listed and should fit is much faster."""
     faster = [c for c in listed if c.seconds < _HARDLY_FASTER * best.seconds and peaks.predicted(c) <= limit]
-    return peak >= _FULL * limit and not faster
+    return _is_full(peak, limit) and not faster
+
+
+def _is_full(peak: float, limit: float) -> bool:
+    return peak >= _FULL * limit
 
 
 def _asked(c: Combination, peaks: Peaks, limit: float, compiler: Compiler) -> Peaks | None:
@@ -184,6 +188,6 @@ def _spread(front: list[Combination], peaks: Peaks, number: int, with_ends: bool
 
 def untried(limit: float, combinations: Iterable[Combination], best: Combination, peaks: Peaks) -> list[Combination]:
     """What should be worth it and fit, by all that is known, and was not compiled; the fastest first."""
-    worth = _HARDLY_FASTER if peaks.peak(best) >= _FULL * limit else _WORTH
+    worth = _HARDLY_FASTER if _is_full(peaks.peak(best), limit) else _WORTH
     faster = [c for c in combinations if c.seconds <= worth * best.seconds and c not in peaks.known.compiled]
     return sorted((c for c in faster if peaks.predicted(c) <= limit), key=lambda c: c.seconds)
