@@ -1,5 +1,6 @@
 """What is no stack, a block or a whole function, under `jax.checkpoint`: by policy, in pieces, and in slices."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax
 from jaxckpt._plan import Knobs, StackPlan
 from jaxckpt._setting import Setting
 from jaxckpt.analysis import jaxpr as jx
+from jaxckpt.analysis.numbering import Scope, as_function
 from jaxckpt.analysis.stages import Piece
 from jaxckpt.engine import check
 from jaxckpt.engine.cutting import cut
@@ -33,11 +35,13 @@ def run_under(setting: Setting, closed: Any, arrays: list[Any], names: check.Nam
     refusal = None
     if isinstance(planned, StackPlan):
         setting, refusal = pinned(setting, planned, closed, arrays, 1, names)
+        if refusal is not None and observed.get() is not None:  # by those who look at what is kept for derivatives
+            raise refusal
     if planned is not None:
         _check_planned(setting, names)
     check.effects(closed, setting, names, instead="Return the value instead")
     run = _resolved(setting, closed, arrays, names)
-    if isinstance(setting.plan, str) and (see := observed.get()) is not None:
+    if (see := observed.get()) is not None:
         see(run)
     out = checkpointed(run.closed, run.keep, arrays, run.pieces)
     return out if refusal is None else [not_differentiated(leaf, refusal) for leaf in out]
@@ -74,12 +78,21 @@ def _resolved(setting: Setting, closed: Any, arrays: list[Any], names: check.Nam
     )
 
 
-def checkpointed(closed: Any, keep: JaxPolicy, arrays: list[Any], pieces: Sequence[Piece] = ()) -> list[Any]:
-    """What `jax.checkpoint` of a jaxpr under a policy returns; where it is in pieces, each of them is checkpointed too."""
+def checkpointed(
+    closed: Any, keep: JaxPolicy, arrays: list[Any], pieces: Sequence[Piece] = (), scope: Scope | None = None
+) -> list[Any]:
+    """What `jax.checkpoint` of a jaxpr under a policy returns; where it is in pieces, each of them is checkpointed too.
+
+    Arguments:
+        scope: of each equation, by its number.
+    """
     # It stands in no loop of ours, but one of its own may offload.
     guarded = guard_offload(keep, loop_that_offloads(closed.jaxpr, keep) is not None)
     again = is_run_again(closed, pieces, arrays)
-    run = in_pieces(closed, pieces, guarded.keep, is_within=again) if pieces else jx.as_function(closed)
+    if pieces:
+        run = in_pieces(closed, pieces, guarded.keep, scope, is_within=again)
+    else:
+        run = as_function(closed, itertools.count(), scope)
     # It is straight-line code: without the barrier XLA would merge the re-run with the forward pass.
     if again:
         run = jax.checkpoint(run, policy=guarded.keep, prevent_cse=True)

@@ -1,4 +1,4 @@
-"""What one block of a stack keeps for the backward pass and what it re-runs, value by value, read from the jaxpr.
+"""What a block of a stack, or what is no stack, keeps for the backward pass and re-runs, value by value, from the jaxpr.
 
 The numbers are those of JAX: what autodiff stores, before XLA, which may fuse a value away or keep a copy. `measure` tells
 what the compiled program needs.
@@ -27,6 +27,7 @@ from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis.cost import Cost, cost
 from jaxckpt.analysis.stages import run_before_pieces
 from jaxckpt.analysis.tradeoff import tradeoff_of
+from jaxckpt.engine import single
 from jaxckpt.engine.planned import observed
 from jaxckpt.engine.run import Run
 from jaxckpt.engine.schedule import whole_runs
@@ -170,7 +171,8 @@ class Explanation:
         pieces = "" if self.pieces == 1 else f", each in {self.pieces} pieces"
         if self.parts:
             return f"{self.length} x {self.block}, the first {self.parts[0].length} under another setting than the others"
-        return f"{self.length} x {self.block}{chunks}, policy={self.policy!r}{pieces}"
+        blocks = "" if self.length == 1 else f"{self.length} x "
+        return f"{blocks}{self.block}{chunks}, policy={self.policy!r}{pieces}"
 
     def _totals(self) -> list[str]:
         lines = [f"stored from the forward to the backward pass: {size_text(self.stored_bytes)}"]
@@ -235,17 +237,18 @@ def explain(
 ) -> Explanation:
     """What a stack keeps, re-runs and offloads, for gradients of its parameters, its carry and its shared arrays.
 
-    Of a Linen module all collections count as parameters, of an NNX module all state; arrays that a block closes over do
-    not.
+    What `checkpoint` made is explained as a stack of one block, for gradients of all arrays that it is given. Of a Linen
+    module all collections count as parameters, of an NNX module all state; arrays that a block closes over do not.
 
     Arguments:
-        stack: a stack that `checkpoint_scan` made (a function, a Linen or an NNX module), or a function that runs one.
+        stack: a stack that `checkpoint_scan` made (a function, a Linen or an NNX module), or what `checkpoint` made, or a
+            function that runs one; where it runs a stack too, that is what is explained.
         args, keywords: what it is called with, of a Linen module the variables first, then `rngs=` and `mutable=` if
             needed. `jax.ShapeDtypeStruct`s do for arrays; nothing is computed.
         target: the GPU for whose rates the time model speaks, such as "h200"; None for no times.
 
     Raises:
-        TypeError: no stack was run.
+        TypeError: nothing of the kind was run.
         ValueError: several were.
 
     >>> import jax, jax.numpy as jnp
@@ -329,8 +332,15 @@ def _explained(run: Run, where: targets.Target | None) -> Explanation:
         chosen=_choice_of(run),
         slices=sliced_pieces(run),
         whole_runs=whole_runs(run.length, run.setting.blocks_per_ckpt, run.setting.snapshots, run.setting.engine),
-        **_seconds(in_chunk, [] if is_single else kept, wanted, gpu, bool(run.pieces) and run.keep is not everything),
+        **_seconds(in_chunk, [] if is_single else kept, wanted, gpu, _is_entered_again(run)),
     )
+
+
+def _is_entered_again(run: Run) -> bool:
+    """Whether what enters the pieces of a block is computed once more before they are."""
+    if not run.pieces or run.keep is everything:
+        return False
+    return run.is_stack or single.is_run_again(run.closed, run.pieces, run.leaves[2])
 
 
 def _choice_of(run: Run) -> Chosen | None:
@@ -429,13 +439,15 @@ def _the_run(stack: Any, args: tuple, keywords: dict[str, Any]) -> Run:
         fn(*args, **keywords)
 
     seen: list[Run] = []
-    observe(call, arrays, lambda run: seen.append(run) if run.is_stack else None)
+    observe(call, arrays, seen.append)
+    seen = [run for run in seen if run.is_stack] or seen
     if not seen:
         name = getattr(stack, "__name__", type(stack).__name__)
-        raise TypeError(f"{name} ran no stack that checkpoint_scan made, so there is nothing to explain")
+        raise TypeError(f"{name} ran nothing that checkpoint_scan or checkpoint made, so there is nothing to explain")
     if len(seen) > 1:
-        found = ", ".join(f"{run.length} x {run.names.block}" for run in seen)
-        raise ValueError(f"several stacks were run ({found}); explain one of them at a time, with what it is called with")
+        found = ", ".join(f"{run.length} x {run.names.block}" if run.is_stack else run.names.block for run in seen)
+        what = "stacks" if seen[0].is_stack else "functions under checkpoint"
+        raise ValueError(f"several {what} were run ({found}); explain one of them at a time, with what it is called with")
     if any(jx.is_batched(leaf) for part in seen[0].leaves for leaf in part):
         raise ValueError(
             f"the stack of {seen[0].names.block} was run under vmap, where its bytes are those of one example; explain the "
@@ -456,6 +468,9 @@ def _residuals(run: Run) -> list[_Residual]:
     def forward(*inputs: Any) -> list[Any]:
         rest = iter(inputs)
         given, *leaves = [[next(rest) for _ in part] for part in (constants, xs, carry, arrays)]
+        if not run.is_stack:
+            block = jx.closed(run.closed.jaxpr, given)
+            return single.checkpointed(block, run.keep, leaves[2], run.pieces, numbering.scope)
         last, ys = run.execute(given, leaves[0], leaves[1], leaves[2], scope=numbering.scope)
         return [*last, *ys]
 

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Literal
 
-from jaxckpt import checkpoint_scan, explain
+from jaxckpt import checkpoint, checkpoint_scan, explain, plan
 from jaxckpt.models import NNXTransformerBlock, PairformerBlock, TransformerBlock
 
 N = 6
@@ -248,7 +248,82 @@ def test_prints_and_dumps():
     assert json.loads(json.dumps(found.to_json()))["stored_bytes"] == found.stored_bytes
 
 
-@pytest.mark.parametrize("fn, said", [(lambda x: x, "ran no stack that checkpoint_scan made"), (3, "explain takes a stack")])
+def head(kernel, x, labels):
+    hidden = checkpoint_name(jnp.tanh(x), "hidden")
+    logits = hidden @ kernel
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1).mean()
+
+
+HEAD = jnp.ones((8, 512)), jnp.ones((64, 8)), jnp.zeros(64, int)
+
+
+class LinenHead(nn.Module):
+    @nn.compact
+    def __call__(self, x, labels):
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (8, 512))
+        return head(kernel, x, labels)
+
+
+class NNXHead(nnx.Module):
+    def __init__(self, rngs):
+        self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs(), (8, 512)))
+
+    def __call__(self, x, labels):
+        return head(self.kernel[...], x, labels)
+
+
+def single(kind, **knobs):
+    """The head under `checkpoint`, and what it is called with."""
+    if kind == "function":
+        return checkpoint(head, **knobs), HEAD
+    if kind == "linen":
+        return checkpoint(LinenHead, **knobs)(), ({"params": {"kernel": HEAD[0]}}, *HEAD[1:])
+    return checkpoint(NNXHead(nnx.Rngs(0)), **knobs), HEAD[1:]
+
+
+@pytest.mark.parametrize("kind", ["function", "linen", "nnx"])
+@pytest.mark.parametrize(
+    "knobs, kept", [({}, []), ({"policy": "save:hidden"}, ["hidden"]), ({"policy": "dots"}, ["dot_general"])]
+)
+def test_what_is_no_stack_is_one_block(kind, knobs, kept):
+    fn, args = single(kind, **knobs)
+    found = explain(fn, *args, target="h200")
+    assert (found.length, found.pieces, found.blocks_per_ckpt) == (1, 1, None)
+    assert str(found).startswith(found.block + ", policy=")
+    assert [value.name for value in found.values if value.fate == "kept"] == kept
+    sizes = {"hidden": 64 * 8 * 4, "dot_general": 64 * 512 * 4}
+    assert found.stored_bytes == sum(sizes[name] for name in kept)
+    assert 1 < found.forward_runs < 2  # the loss itself has no part in derivatives
+
+
+@pytest.mark.parametrize("kind", ["function", "linen", "nnx"])
+def test_slices_of_what_is_no_stack(kind):
+    fn, args = single(kind, tiles=4)
+    found = explain(fn, *args, target="h200")
+    assert [piece.count for piece in found.slices] == [4] and found.slices[0].slice_bytes == 16 * 512 * 4
+    assert found.wanted_bytes == explain(single(kind, policy="everything")[0], *args).stored_bytes
+
+
+def test_a_planned_head():
+    step = jax.grad(checkpoint(head, plan="auto"), argnums=(0, 1))
+    found = plan(step, *HEAD, budget="100KiB", target="cpu", progress=False)
+    assert explain(found.around(checkpoint(head, plan="auto")), *HEAD) == explain(checkpoint(head, plan=found), *HEAD)
+    assert explain(checkpoint(head, plan=found), *HEAD).slices
+    with pytest.raises(ValueError, match="the plan is for something else: it is given"):
+        explain(checkpoint(head, plan=found), HEAD[0], HEAD[1][:32], HEAD[2][:32])
+
+
+def test_a_stack_comes_before_what_is_no_stack():
+    stack, over = checkpoint_scan(lambda w, x: jnp.tanh(x @ w)), checkpoint(head)
+    w = jnp.ones((3, 8, 8))
+    assert explain(lambda w, kernel, x, labels: over(kernel, stack(w, x), labels), w, *HEAD).length == 3
+    with pytest.raises(ValueError, match=r"several functions under checkpoint were run \(head, head\)"):
+        explain(lambda *args: over(*args) + over(*args), *HEAD)
+
+
+@pytest.mark.parametrize(
+    "fn, said", [(lambda x: x, "ran nothing that checkpoint_scan or checkpoint made"), (3, "explain takes a stack")]
+)
 def test_what_is_no_stack(fn, said):
     with pytest.raises(TypeError, match=said):
         explain(fn, TOKENS)
