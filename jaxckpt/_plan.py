@@ -127,7 +127,7 @@ class Plan:
         chosen: the candidate that was taken, and candidates: all that were compiled, the fastest first.
         least_bytes, most_bytes: the predicted peaks of the setting of the least memory and of no checkpointing at all.
         compilations: how many the search was allowed; None in a file of an older version.
-        untried: what should be faster and should fit by the model, and was not compiled, the fastest first: by 0.2%, or
+        untried: what should be faster and should fit by the model, and was not compiled, the fastest first: by 0.1%, or
             by 1% where the budget is nearly used up. Empty where the model did not choose (`time=True`,
             `objective="memory"`).
     """

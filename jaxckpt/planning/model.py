@@ -240,8 +240,8 @@ class Stack:
             bytes_apart = math.log(_bytes(fast) / _bytes(lean)) / _APART
             seconds_apart = (lean.seconds / fast.seconds - 1) / _APART_IN_SECONDS
             steps = min(length, math.ceil(bytes_apart), math.ceil(seconds_apart))
-            # One block is no loop and two are hardly one: they take something else than what the model knows of loops.
-            for first in sorted({round(length * k / steps) for k in range(1, steps)}.intersection(range(3, length - 2))):
+            # One block is no loop, and takes something else than what the model knows of loops.
+            for first in sorted({round(length * k / steps) for k in range(1, steps)}.intersection(range(2, length - 1))):
                 yield self._of_two(first, lean, fast)
 
     def _of_two(self, first: int, lean: Option, fast: Option) -> Option:

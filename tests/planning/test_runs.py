@@ -81,3 +81,9 @@ def test_nothing_and_everything(of_plan):
 def test_whole_chunks(knobs, runs):
     found = explain(checkpoint_scan(block, **knobs), W, X, target="h200")
     assert found.rerun_seconds == 0 and found.forward_runs == pytest.approx(runs)
+
+
+def test_parts_of_a_stack_have_two_blocks_at_least(of_plan):
+    """So that budgets just above a setting of all blocks alike are used too."""
+    parts = {o.knobs.first[0] for o in of_plan._between(list(of_plan._all(may_offload=False)))}
+    assert parts and parts <= set(range(2, N - 1)) and {2, N - 2} <= parts
