@@ -47,6 +47,7 @@ class Run:
     carry_names: list[str]
     first: "Run | None" = None  # of the first blocks, if they run under a setting of their own
     is_stack: bool = True  # and not what `checkpoint` was given, which is planned as a stack of one block is
+    refusal: ValueError | None = None  # of derivatives, of what `checkpoint` was given with the plan of something else
 
     @property
     def constants(self) -> list[Any]:

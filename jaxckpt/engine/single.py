@@ -1,5 +1,6 @@
 """What is no stack, a block or a whole function, under `jax.checkpoint`: by policy, in pieces, and in slices."""
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -35,14 +36,12 @@ def run_under(setting: Setting, closed: Any, arrays: list[Any], names: check.Nam
     refusal = None
     if isinstance(planned, StackPlan):
         setting, refusal = pinned(setting, planned, closed, arrays, 1, names)
-        if refusal is not None and observed.get() is not None:  # by those who look at what is kept for derivatives
-            raise refusal
     if planned is not None:
         _check_planned(setting, names)
     check.effects(closed, setting, names, instead="Return the value instead")
     run = _resolved(setting, closed, arrays, names)
     if (see := observed.get()) is not None:
-        see(run)
+        see(dataclasses.replace(run, refusal=refusal))
     out = checkpointed(run.closed, run.keep, arrays, run.pieces)
     return out if refusal is None else [not_differentiated(leaf, refusal) for leaf in out]
 

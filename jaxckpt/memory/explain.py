@@ -448,6 +448,8 @@ def _the_run(stack: Any, args: tuple, keywords: dict[str, Any]) -> Run:
         found = ", ".join(f"{run.length} x {run.names.block}" if run.is_stack else run.names.block for run in seen)
         what = "stacks" if seen[0].is_stack else "functions under checkpoint"
         raise ValueError(f"several {what} were run ({found}); explain one of them at a time, with what it is called with")
+    if seen[0].refusal is not None:
+        raise seen[0].refusal
     if any(jx.is_batched(leaf) for part in seen[0].leaves for leaf in part):
         raise ValueError(
             f"the stack of {seen[0].names.block} was run under vmap, where its bytes are those of one example; explain the "
