@@ -132,6 +132,16 @@ def dependent(jaxpr: Any, inputs: Sequence[int]) -> set[Any]:
     return found
 
 
+def dependent_alone(jaxpr: Any, inputs: Sequence[int]) -> set[Any]:
+    """The variables that depend on some of these inputs, and on no other, on no constant and no side effect."""
+    found = {jaxpr.invars[i] for i in inputs}
+    for eqn in jaxpr.eqns:
+        given = set(jx.variables(eqn.invars))
+        if given and given <= found and not jx.effects(eqn):
+            found.update(eqn.outvars)
+    return found
+
+
 def selected(closed: Any, outputs: Sequence[int]) -> Any:
     """The jaxpr with only these outputs, and only the equations that they need."""
     outvars = [closed.jaxpr.outvars[i] for i in outputs]

@@ -3,11 +3,12 @@
 Every value of the block is tagged, and autodiff of the tagged block says which values the backward pass wants and how each
 is computed from others: the graph of `jaxckpt.analysis.mincut`. Tags survive autodiff, so that a set of them, kept by
 `jax.checkpoint`'s own policies, is exactly the set that was chosen. What a derivative's rule computes beside the block's own
-values has no tag and cannot be kept.
+values has no tag and cannot be kept. What depends on parameters alone, such as a weight that was gathered from all devices,
+is not to be kept: with every block's weights whole on every device nobody would have had to split them.
 """
 
 import functools
-from collections.abc import Collection, Container
+from collections.abc import Collection, Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ import jax
 from jax.extend import core
 
 from jaxckpt._recent import Recent
-from jaxckpt.analysis import inlining, tagging
+from jaxckpt.analysis import flow, inlining, tagging
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis.cost import cost, is_dear
 from jaxckpt.analysis.mincut import Cut, Graph, again_for, front, hull, least_bytes
@@ -49,7 +50,7 @@ class Tradeoff:
 
     graph: Graph
     names: tuple[str, ...]  # of each value; "" where it has no tag
-    dear: tuple[bool, ...]  # of each equation
+    dear: tuple[bool, ...]  # of each equation; none of those that compute what is not to be kept
     wanted: dict[int, int]  # the values that are wanted, each once whatever its tags, with their bytes
     forward_seconds: float
 
@@ -76,7 +77,7 @@ class Tradeoff:
     @functools.cached_property
     def floor_seconds(self) -> float:
         """What derivatives compute beside the block's own values: it is run under any setting, also where all is kept."""
-        return self._seconds({v for v, size in enumerate(self.graph.sizes) if size is not None})
+        return self._seconds({v for v, name in enumerate(self.names) if name})
 
     def again_seconds(self, kept: Container[int]) -> float:
         """What one block's backward pass runs again of the block, where the values of these equations are kept.
@@ -121,21 +122,23 @@ class Tradeoff:
 _recent: Recent[Tradeoff] = Recent()
 
 
-def tradeoff_of(closed: Any, rates: Any) -> Tradeoff:
+def tradeoff_of(closed: Any, rates: Any, parameters: Sequence[int]) -> Tradeoff:
     """The trade of a block.
 
     Arguments:
         closed: its inlined jaxpr; equal ones are looked at once.
         rates: see `jaxckpt.analysis.cost`.
+        parameters: which of its inputs are.
     """
-    return _recent.of((jx.text(closed), str(rates)), lambda: _tradeoff(closed, rates))
+    return _recent.of((jx.text(closed), str(rates), tuple(parameters)), lambda: _tradeoff(closed, rates, parameters))
 
 
-def _tradeoff(closed: Any, rates: Any) -> Tradeoff:
+def _tradeoff(closed: Any, rates: Any, parameters: Sequence[int]) -> Tradeoff:
     tagged = jx.as_function(tagging.with_tags(closed))
     forward = lambda *inputs: jax.tree.leaves(jx.vjp_of_inexact(tagged, inputs)[1])  # noqa: E731
     traced = inlining.inlined(jx.trace(forward, *closed.in_avals)).jaxpr
     there = {*traced.invars, *traced.constvars}
+    of_parameters = flow.dependent_alone(traced, parameters)
     value: dict[Any, int] = {}
     sizes: list[int | None] = []
     made_by, names, needs, base = [], [], [], []
@@ -147,7 +150,7 @@ def _tradeoff(closed: Any, rates: Any) -> Tradeoff:
             value[var] = len(sizes)
             # What a tag passes on is one value with it.
             base.append(base[needs[e][0]] if tag is not None and needs[e] else len(sizes))
-            sizes.append(jx.nbytes(var.aval) if is_ours else None)
+            sizes.append(jx.nbytes(var.aval) if is_ours and var not in of_parameters else None)
             names.append(tag if is_ours else "")
             made_by.append(e)
     wanted = _values([var for var in traced.outvars if isinstance(var, core.Literal) or var not in there], value)
@@ -155,7 +158,7 @@ def _tradeoff(closed: Any, rates: Any) -> Tradeoff:
     return Tradeoff(
         graph=Graph(sizes, made_by, [cost(eqn, rates).seconds for eqn in traced.eqns], needs, wanted),
         names=tuple(names),
-        dear=tuple(map(is_dear, traced.eqns)),
+        dear=tuple(is_dear(eqn) and not of_parameters.issuperset(eqn.outvars) for eqn in traced.eqns),
         forward_seconds=sum(cost(eqn, rates).seconds for eqn in closed.jaxpr.eqns),
         wanted={value[var]: jx.nbytes(var.aval) for var in by_base.values()},
     )

@@ -40,6 +40,7 @@ class Run:
     keep: JaxPolicy
     chosen: tuple[Tradeoff, Choice] | None  # where the policy chooses what is kept
     carry_to_host: JaxPolicy
+    parameters: list[int]  # which of the block's inputs are
     moving: list[int]  # the carry's leaves that the blocks change
     computed: list[int]  # the other outputs that are no slices of `xs`
     own: dict[int, int]  # those that are, parameters above all, and which: they are `xs` itself and not a copy of it
@@ -56,7 +57,7 @@ class Run:
 
     def under(self, setting: Setting) -> "Run":
         """This run under other knobs, `offload:` aside; for one with default knobs, whose `closed` is the block's own."""
-        closed, keep, chosen = resolve(setting, self.closed, self.names)
+        closed, keep, chosen = resolve(setting, self.closed, self.names, self.parameters)
         slices, carried = len(self.leaves[0]), len(self.leaves[1])
         closed, pieces = cut(setting, closed, range(slices, slices + carried), self.names, keep)
         return dataclasses.replace(self, setting=setting, closed=closed, pieces=pieces, keep=keep, chosen=chosen)
@@ -128,7 +129,7 @@ def resolved(
 ) -> tuple[Run, Callable[[list[Any]], list[Any]]]:
     """The run of a traced block under `setting`, and how its carry is marked where something is offloaded."""
     through_scan = setting.offload_carry and setting.engine == "scan"
-    closed, keep, chosen = resolve(setting, traced.closed, names)
+    closed, keep, chosen = resolve(setting, traced.closed, names, traced.parameters)
     loop = loop_that_offloads(closed.jaxpr, keep) if setting.policy.may_offload else None
     guarded = guard_offload(keep, setting.policy.may_offload or through_scan, loop=loop)
 
@@ -148,6 +149,7 @@ def resolved(
         keep=guarded.keep,
         chosen=chosen,
         carry_to_host=guarded.carry_to_host,
+        parameters=traced.parameters,
         # A carry that all blocks pass through unchanged is shared: it stays out of the scan, which would store it per block.
         moving=[i for i, source in enumerate(of_carry) if source != slices + i],
         computed=[i for i in of_rest if i not in own],
@@ -159,8 +161,14 @@ def resolved(
     return run, guarded.mark
 
 
-def resolve(setting: Setting, closed: Any, names: check.Names) -> tuple[Any, JaxPolicy, tuple[Tradeoff, Choice] | None]:
-    """The block's jaxpr, with what the policy chooses tagged if it does, the `jax.checkpoint` policy, and the choice."""
+def resolve(
+    setting: Setting, closed: Any, names: check.Names, parameters: Sequence[int] = ()
+) -> tuple[Any, JaxPolicy, tuple[Tradeoff, Choice] | None]:
+    """The block's jaxpr, with what the policy chooses tagged if it does, the `jax.checkpoint` policy, and the choice.
+
+    Arguments:
+        parameters: which of the block's inputs are.
+    """
     policy = setting.policy
     tags = tagging.tags(closed) if policy.reads_tags else ()
     found: tuple[str, ...] = ()
@@ -168,7 +176,7 @@ def resolve(setting: Setting, closed: Any, names: check.Names) -> tuple[Any, Jax
     # One block at a time is alive anyway, and nothing of it is kept for later.
     is_single = setting.blocks_per_ckpt == 1 or (setting.snapshots is not None and setting.blocks_per_ckpt is None)
     if policy.chooses is not None and not is_single:
-        closed, found, chosen = with_choice(closed, policy.chooses)
+        closed, found, chosen = with_choice(closed, policy.chooses, parameters)
     try:
         return closed, policy.for_tags(tags, found), chosen
     except ValueError as error:

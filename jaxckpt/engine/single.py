@@ -68,6 +68,7 @@ def _resolved(setting: Setting, closed: Any, arrays: list[Any], names: check.Nam
         keep=keep,
         chosen=chosen,
         carry_to_host=keep,
+        parameters=[],
         moving=[],
         computed=list(range(len(closed.out_avals))),
         own={},

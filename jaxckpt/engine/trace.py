@@ -26,6 +26,11 @@ class Traced(NamedTuple):
     rest_tree: Any  # structure of (aux, extra)
 
     @property
+    def parameters(self) -> list[int]:
+        """Which of the block's inputs are parameters, or other numbers that each block has its own of: no keys, no flags."""
+        return [i for i, leaf in enumerate(self.x_leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+
+    @property
     def carried(self) -> range:
         """Which of the block's inputs are the carry."""
         return range(len(self.x_leaves), len(self.x_leaves) + len(self.carry))

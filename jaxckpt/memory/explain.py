@@ -371,7 +371,7 @@ def _seconds(run: Run, kept: list[_Residual], wanted: list[_Residual], rates: An
     if any(map(jx.is_checkpoint, eqns)):
         forward, rerun = _beside_checkpoints(run, have, wanted, rates)
     else:
-        trade = tradeoff_of(merged, rates)
+        trade = tradeoff_of(merged, rates, run.parameters)
         forward, rerun = trade.forward_seconds, trade.again_seconds({number[i] for i in have}) if missing else 0.0
     if is_cut:  # and before that once for what enters the pieces
         before = run_before_pieces(run.closed.jaxpr, run.pieces, {var for i in have for var in eqns[i].outvars})

@@ -130,7 +130,7 @@ class Stack:
         self.rates = rates
         self.described = described(run)
         merged = inlining.merged(inlining.inlined(run.closed, checkpoints=True))
-        self.trade: Tradeoff = tradeoff_of(merged, rates)
+        self.trade: Tradeoff = tradeoff_of(merged, rates, run.parameters)
         carry = [jax.typeof(run.leaves[1][i]) for i in run.moving]
         self.carry_bytes = sum(map(jx.nbytes, carry))
         kept = [(), *(choice.names for choice in self.trade.choices)]

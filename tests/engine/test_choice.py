@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Literal
 
 from jaxckpt import checkpoint_blocks, checkpoint_scan, explain
@@ -304,3 +305,57 @@ def test_tags_leave_the_program_as_it_is_but_for_names():
     assert not isinstance(tagged.jaxpr.eqns[2].invars[0], Literal)
     assert tagged.jaxpr.eqns[2].invars == tagged.jaxpr.eqns[1].outvars
     assert tagging.tags(tagged) == frozenset()
+
+
+LOW_RANK = {"a": jnp.ones((N, WIDTH, 2)), "b": jnp.ones((N, 2, WIDTH)), "w": jnp.ones((N, WIDTH, WIDTH), jnp.float32)}
+
+
+def low_rank(w, x, *, key=None, shared=None):
+    """Weights that are a product of parameters, converted and transposed: nothing of the carry is in them."""
+    whole = checkpoint_name((w["a"] @ w["b"] + w["w"].astype(x.dtype)).T, "whole")
+    if shared is not None:  # by which it is no parameter alone
+        whole = checkpoint_name(whole @ shared, "with shared")
+    h = jnp.sin(checkpoint_name(x @ whole, "product"))
+    if key is not None:
+        mask = checkpoint_name(jax.random.bernoulli(key, 0.9, h.shape), "mask")
+        h = jnp.where(mask, h, 0)
+    return x + jnp.sin(h) @ whole
+
+
+def kept_by(policy, block=low_rank, **keywords):
+    found = explain(checkpoint_scan(block, policy=policy, per_block=("key",) * ("key" in keywords)), LOW_RANK, X, **keywords)
+    return {value.name for value in found.values if value.fate == "kept"} - {"x"}
+
+
+@pytest.mark.parametrize("policy", ["cheap", "budget:0.9", "budget:1.0", "budget:1GiB"])
+def test_what_depends_on_parameters_alone_is_not_chosen(policy):
+    """With every block's gathered or converted weights whole on each device nobody would have had to split them."""
+    kept = kept_by(policy)
+    assert "product" in kept and "whole" not in kept
+    assert "with shared" in kept_by(policy, shared=jnp.ones((WIDTH, WIDTH)))
+    assert "mask" in kept_by(policy, key=jax.random.split(jax.random.key(0), N))
+    assert "whole" in kept_by("save:whole") and "whole" in kept_by("save:whole+cheap")
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("engine", ["scan", "reversal"])
+def test_gathered_weights_are_not_chosen(engine, check_vma):
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def gathered(w, x):
+        whole = checkpoint_name(lax.all_gather(w["w"], "data", axis=0, tiled=True).astype(x.dtype), "whole")
+        sums = checkpoint_name(lax.psum(jnp.sin(x @ whole), "data"), "sums")  # a collective of activations is dear
+        return x + jnp.sin(sums) @ whole
+
+    def stored(policy):
+        stack = checkpoint_scan(gathered, policy=policy, engine=engine)
+        kept = lambda w, x: jax.tree.leaves(jax.vjp(stack, w, x)[1])  # noqa: E731
+        specs = jax.sharding.PartitionSpec("data")
+        on_mesh = jax.shard_map(kept, mesh=mesh, in_specs=specs, out_specs=specs, check_vma=check_vma)
+        return [aval.shape for aval in jax.make_jaxpr(on_mesh)(LOW_RANK, X).out_avals if aval.dtype == jnp.float64]
+
+    weights, carries = (N, WIDTH, WIDTH), (N, *X.shape)
+    # Of activations the carry, the product and the sums, and by the budget the sums' sines.
+    for policy, expected in (("cheap", (0, 3)), ("budget:0.9", (0, 4)), ("save:whole+cheap", (1, 3))):
+        found = stored(policy)
+        assert (found.count(weights), found.count(carries)) == expected, policy
