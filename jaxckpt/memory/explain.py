@@ -4,12 +4,13 @@ The numbers are those of JAX: what autodiff stores, before XLA, which may fuse a
 what the compiled program needs.
 """
 
+import contextlib
 import dataclasses
 import html
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -410,10 +411,17 @@ def _without(wanted: list[_Residual], kept: list[_Residual]) -> list[_Residual]:
 
 def observe(call: Callable[[list[Any]], Any], arrays: list[Any], see: Callable[[Run], None]) -> None:
     """Traces `call(arrays)` and calls `see` with each run of a stack as it is traced, those inside of blocks left out."""
+    with observing(see):
+        jax.eval_shape(call, arrays)
+
+
+@contextlib.contextmanager
+def observing(see: Callable[[Run], None]) -> Iterator[None]:
+    """Calls `see` with each run of a stack that is traced meanwhile, those inside of blocks left out."""
     token = observed.set(see)
     try:
         with _untraced(object()):  # or what is jitted inside, and was traced before, would not run the stack again
-            jax.eval_shape(call, arrays)
+            yield
     finally:
         observed.reset(token)
 

@@ -1,6 +1,7 @@
 """What a block takes in pieces: bytes of the largest, and seconds for what enters each and for slices."""
 
-from collections.abc import Iterable
+import operator
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 from jaxckpt._plan import Knobs
@@ -37,7 +38,15 @@ class Cut(NamedTuple):
     entering_seconds: dict[tuple[str, ...], float]
 
 
-def cuts_of(run: Run, merged: Any, kept: Iterable[tuple[str, ...]], carry_bytes: int, rates: Any) -> dict[str | None, Cut]:
+def cuts_of(
+    run: Run,
+    merged: Any,
+    kept: Iterable[tuple[str, ...]],
+    carry_bytes: int,
+    rates: Any,
+    work: Sequence[float] | None = None,
+    held: float = 1.0,
+) -> dict[str | None, Cut]:
     """The block in stages and in tiles, by `Knobs.pieces`, each where there is something to cut or to slice.
 
     As it is cut where nothing is kept; the search for cuts does not know of what is.
@@ -45,6 +54,8 @@ def cuts_of(run: Run, merged: Any, kept: Iterable[tuple[str, ...]], carry_bytes:
     Arguments:
         merged: the block, inlined and merged. kept: names of its values that may be kept together, see `tagging.value_name`.
         rates: as in `jaxckpt.analysis.cost`.
+        work: which part of each equation's one device does, see `Shares`; all of it by default.
+        held: which part of a piece's values one device holds, in the mean.
     """
     slices, found = len(run.leaves[0]), {}
     tilings: Recent[Tilings] = Recent(1)
@@ -57,12 +68,15 @@ def cuts_of(run: Run, merged: Any, kept: Iterable[tuple[str, ...]], carry_bytes:
         longer = sum(slicing_seconds(flat.jaxpr, piece.tiles, rates) for piece in pieces if piece.tiles)
         is_run_again = run.is_stack or single.is_run_again(flat, pieces, run.leaves[2])
         seconds = [cost(eqn, rates).seconds for eqn in flat.jaxpr.eqns]
+        if work is not None:  # `flat` has the same equations, as it was flat
+            longer *= sum(map(operator.mul, seconds, work)) / (sum(seconds) or 1.0)
+            seconds = list(map(operator.mul, seconds, work))
         entering = {}
         for names in kept:
             outputs = filter(None, map(tagging.output_of, names))
             variables = {merged.jaxpr.eqns[i].outvars[k] for i, k in outputs}  # which are those of `flat`, as it was flat
             before = run_before_pieces(flat.jaxpr, pieces, variables) if is_run_again else ()
             entering[names] = sum(seconds[i] for i in sorted(before))
-        largest = max(piece.bytes for piece in pieces)
+        largest = round(held * max(piece.bytes for piece in pieces))
         found[knobs.pieces] = Cut(knobs, largest + 2 * carry_bytes, longer, entering)
     return found

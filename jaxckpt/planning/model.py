@@ -32,6 +32,7 @@ from jaxckpt.analysis import flow, inlining, tagging
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis.cost import step_seconds
 from jaxckpt.analysis.mincut import lower_hull
+from jaxckpt.analysis.shares import Shares, tradeoff_of_one
 from jaxckpt.analysis.tradeoff import Choice, Tradeoff, tradeoff_of
 from jaxckpt.engine.planned import described
 from jaxckpt.engine.run import Run
@@ -112,11 +113,13 @@ class Asked(NamedTuple):
 
 
 class Stack:
-    """One stack of a step that is planned: what its settings cost.
+    """One stack of a step that is planned: what its settings cost, in the bytes and seconds of one device.
 
     Made while the step is traced, when the axes are bound along which the blocks may compute together; what is traced then
     is not kept.
 
+    Arguments:
+        shares: what one device has of a block, where it is split over several by the compiler.
     Attributes:
         run: as it was found in the step, under default knobs, with types in place of values.
         described: see `jaxckpt.engine.planned.described`.
@@ -126,15 +129,21 @@ class Stack:
     What `jaxckpt.checkpoint(plan="auto:NAME")` was given is a stack of one block, with fewer options.
     """
 
-    def __init__(self, run: Run, rates: Any):
+    def __init__(self, run: Run, rates: Any, shares: Shares | None = None):
         self.rates = rates
         self.described = described(run)
         merged = inlining.merged(inlining.inlined(run.closed, checkpoints=True))
+        carry = [(jx.nbytes(jax.typeof(run.leaves[1][i])), len(run.leaves[0]) + i) for i in run.moving]
         self.trade: Tradeoff = tradeoff_of(merged, rates, run.parameters)
-        carry = [jax.typeof(run.leaves[1][i]) for i in run.moving]
-        self.carry_bytes = sum(map(jx.nbytes, carry))
+        if shares is None:
+            self.carry_bytes, of_one = sum(size for size, _ in carry), {}
+        else:
+            whole = self.trade.wanted_bytes
+            self.trade = tradeoff_of_one(merged, rates, run.parameters, shares)
+            self.carry_bytes = sum(round(size * shares.inputs[i]) for size, i in carry)
+            of_one = {"work": shares.of_work(merged.jaxpr, run.parameters), "held": self.trade.wanted_bytes / (whole or 1)}
         kept = [(), *(choice.names for choice in self.trade.choices)]
-        self.cuts = cuts_of(run, merged, kept, self.carry_bytes, rates)
+        self.cuts = cuts_of(run, merged, kept, self.carry_bytes, rates, **of_one)
         is_batched = any(jx.is_batched(leaf) for part in run.leaves for leaf in part)
         self.can_be_alone = not is_batched and not jx.collective_axes(run.closed)
         xs, carried, arrays = [[_type(leaf) for leaf in part] for part in run.leaves]

@@ -59,16 +59,22 @@ class Compiler(Protocol):
 
 
 def fastest(
-    limit: float, combinations: Sequence[Combination], fixed: int, compiler: Compiler, compilations: int
+    limit: float,
+    combinations: Sequence[Combination],
+    fixed: int,
+    compiler: Compiler,
+    compilations: int,
+    known: Known | None = None,
 ) -> Combination | None:
     """The fastest combination that was found to be within the limit, None where none was.
 
     Arguments:
         fixed: see `Peaks`.
         compilations: of the whole step, at most; those that fail are not counted.
+        known: before, whatever the limit.
     """
     found: dict[Combination, float] = {}
-    learnt = Known()  # from what the rounds before settled on
+    learnt = known or Known()  # and from what the rounds before settled on
 
     def fits(c: Combination, peaks: Peaks) -> bool:
         if c not in found:
@@ -95,7 +101,7 @@ def fastest(
                 break
             if kind(c) in compiler.refused:  # begin again without the like
                 rest = [other for other in combinations if kind(other) not in compiler.refused]
-                return fastest(limit, rest, fixed, compiler, compilations)
+                return fastest(limit, rest, fixed, compiler, compilations, known)
             given_up, leanest = c.seconds, listed[-1]
             is_hopeless = best is None and len(found) >= _IN_VAIN and not fits(leanest, peaks)
             if is_hopeless and kind(leanest) not in compiler.refused:

@@ -13,7 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import jax
@@ -39,6 +39,9 @@ from jaxckpt.planning import rounds
 from jaxckpt.planning.model import Asked, Option, Stack
 from jaxckpt.planning.peaks import Combination, Known, Peaks, kind
 from jaxckpt.planning.rounds import COMPILATIONS
+from jaxckpt.planning.shards import Split, split_of
+
+T = TypeVar("T")
 
 _TIMED = 6  # settings that are run for real
 _WIDEST = 60_000  # combinations of a few stacks that are looked at
@@ -118,13 +121,19 @@ def plan(
         raise ValueError(f"compilations is an integer of at least 1; got {compilations!r}")
     rates = calibrated(where) if calibrate else rates_of(where)
     _ = where.devices  # a missing plugin is said before anything is traced
-    stacks, program, fixed = _stacks(step, args, rates)
-    combinations = _combinations([stack.options(may_offload=where.gpu is not None) for stack in stacks.values()])
-    answers = _answers_of(step, (program, str(where.devices[0]), where.count, str(rates)))
     with Progress("plan", unit="compilation", shown=progress) as bar:
+        split = _split(step, args, where, target is None, bar) if where.count > 1 else None
+        shares = {} if split is None else split.shares
+        stacks, program, fixed = _stacks(step, args, lambda run: Stack(run, rates, shares.get(str(run.setting.plan))))
+        answers = _answers_of(step, (program, str(where.devices[0]), where.count, str(rates)))
+        combinations = _combinations([stack.options(may_offload=where.gpu is not None) for stack in stacks.values()])
         search = _Search(step, args, where, target is None, stacks, answers, bar)
         combinations = [c for c in combinations if kind(c) not in search.refused]
-        how = combinations, fixed, search, compilations
+        if split is not None:
+            fixed = split.fixed_bytes
+            answers.compiled.setdefault(search.plain, split.peak_bytes)
+            search.peak(search.plain, split.peak_bytes)
+        how = combinations, fixed, search, compilations, search.known
         chosen = rounds.fastest(limit, *how) if objective == "time" else None
         if chosen is None:
             left = min(compilations - len(search.seen), rounds.OF_LEAST)
@@ -167,11 +176,12 @@ class _Answers:
     """What the compiler said of one step, to whatever plan.
 
     Fields:
-        compiled: the peaks of combinations. blocks: what was asked of blocks, by the stack and `Option.of_block`; None for
-            those that cannot be compiled alone.
+        split: over several devices. compiled: the peaks of combinations.
+        blocks: what was asked of blocks, by the stack and `Option.of_block`; None for those that cannot be compiled alone.
         refused: kinds of combinations that the step cannot be run under.
     """
 
+    split: Split | None = None
     compiled: dict[Combination, int] = field(default_factory=dict)
     blocks: dict[tuple[int, Knobs], Asked | None] = field(default_factory=dict)
     refused: set[Any] = field(default_factory=set)
@@ -298,11 +308,23 @@ def _limit(budget: str | int | None, objective: str, where: targets.Target) -> f
     return int(budget)
 
 
-def _stacks(step: Callable[..., Any], args: Any, rates: Any) -> tuple[dict[str, Stack], Any, int]:
-    """The stacks that are to be planned, by name, what identifies the program of the step, and `_fixed_bytes`."""
+def _split(step: Callable[..., Any], args: Any, where: targets.Target, as_given: bool, bar: Progress) -> Split:
+    """How the step is split over the devices, which is asked once for each program."""
+    names, program, _ = _stacks(step, args, lambda run: None)
+    answers = _answers_of(step, ("split", program, str(where.devices[0]), where.count))
+    if answers.split is None:
+        bar.doing("compiling the step under default knobs, to see how it is split over the devices")
+        answers.split = split_of(step, args, where, as_given, names)
+        bar.advance()
+    return answers.split
+
+
+def _stacks(step: Callable[..., Any], args: Any, make: Callable[[Run], T]) -> tuple[dict[str, T], Any, int]:
+    """What `make` makes of each stack that is to be planned, what identifies the program of the step, and `_fixed_bytes`."""
     parts, whole = split_objects(args) if holds_objects(args) else (args, lambda args: args)
     arrays, with_arrays = split_arrays(parts)
-    found: dict[str, Stack] = {}
+    found: dict[str, T] = {}
+    runs: dict[str, tuple[Run, dict[str, Any]]] = {}
     digest, fixed = "", 0
 
     def see(run: Run) -> None:
@@ -310,19 +332,19 @@ def _stacks(step: Callable[..., Any], args: Any, rates: Any) -> tuple[dict[str, 
         if not isinstance(name, str):
             return
         if name not in found:
-            found[name] = Stack(run, rates)
+            found[name], runs[name] = make(run), (run, described(run))
             return
-        other, identity = found[name], described(run)
-        if run.names.block == other.run.names.block and identity == other.described:
+        (other, known), identity = runs[name], described(run)
+        if run.names.block == other.names.block and identity == known:
             return
         written = f"auto:{name}" if name else "auto"
-        if run.names.block == other.run.names.block and run.length == other.run.length:
-            given = f"given {other.described['carry']} and {identity['carry']}"
+        if run.names.block == other.names.block and run.length == other.length:
+            given = f"given {known['carry']} and {identity['carry']}"
             raise ValueError(
                 f"{run.names.block}: what has plan={written!r} is run twice in the step, {given}, or with other flags, and "
                 "a plan is for one of them: build one for each and give it its name, plan='auto:NAME'"
             )
-        both = " and ".join(f"{r.length} x {r.names.block}" for r in (other.run, run))
+        both = " and ".join(f"{r.length} x {r.names.block}" for r in (other, run))
         raise ValueError(f"two stacks are built with plan={written!r}, {both}: give each its name, plan='auto:NAME'")
 
     def call(arrays: list[Any]) -> None:

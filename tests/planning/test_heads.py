@@ -11,6 +11,7 @@ from flax import nnx
 
 from jaxckpt import Plan, checkpoint, checkpoint_scan, explain, plan, targets
 from jaxckpt._plan import Knobs, under
+from jaxckpt.planning.model import Stack
 from jaxckpt.planning.search import _stacks
 from tests.support import random_like, relative_error, slice_small_values
 
@@ -147,7 +148,8 @@ def test_forward_runs_of_a_head():
         return optax.softmax_cross_entropy_with_integer_labels(x @ kernel, LABELS).mean()
 
     def runs(fn):
-        found, _, _ = _stacks(jax.grad(checkpoint(fn, plan="auto")), (KERNEL, X), targets.get("h200").gpu)
+        step, gpu = jax.grad(checkpoint(fn, plan="auto")), targets.get("h200").gpu
+        found, _, _ = _stacks(step, (KERNEL, X), lambda run: Stack(run, gpu))
         return {str(option.knobs): option.forward_runs for option in found[""]._all(may_offload=True)}
 
     found = runs(simple)  # where the loss of each token crosses the one cut, and is kept

@@ -28,7 +28,7 @@ stack = checkpoint_scan(block, plan="auto")
 
 @pytest.fixture(scope="module")
 def of_plan() -> Stack:
-    found, _, _ = _stacks(jax.grad(lambda w, x: stack(w, x).sum()), (W, X), targets.get("h200").gpu)
+    found, _, _ = _stacks(jax.grad(lambda w, x: stack(w, x).sum()), (W, X), lambda run: Stack(run, targets.get("h200").gpu))
     return found[""]
 
 
@@ -47,7 +47,7 @@ def test_for_every_kind_of_setting(of_plan):
 
 def test_what_is_kept_beside_pieces():
     x = jax.ShapeDtypeStruct((8192, 64), "float32")
-    found, _, _ = _stacks(jax.grad(lambda w, x: stack(w, x).sum()), (W, x), targets.get("h200").gpu)
+    found, _, _ = _stacks(jax.grad(lambda w, x: stack(w, x).sum()), (W, x), lambda run: Stack(run, targets.get("h200").gpu))
     options = {o.knobs: o for o in found[""]._all(may_offload=False) if o.knobs.engine == "scan" and o.knobs.pieces}
     assert {knobs.pieces for knobs in options if knobs.kept} == {"stages", "tiles=16", "tiles=4"}
     for knobs, option in options.items():

@@ -23,6 +23,7 @@ from jaxckpt import checkpoint_scan, explain, measure, plan
 from jaxckpt._plan import Candidate, Knobs, Plan, load
 from jaxckpt.analysis.cost import REFERENCE
 from jaxckpt.planning import search
+from jaxckpt.planning.model import Stack
 from tests.support import relative_error, slice_small_values
 
 N, WIDTH = 12, 32
@@ -184,7 +185,7 @@ def test_tiles_are_a_knob_of_the_plan(monkeypatch, tmp_path):
 
 def test_slices_take_less_and_longer(monkeypatch):
     slice_small_values(monkeypatch)
-    (stack,) = search._stacks(STEP, (W, jnp.ones((512, WIDTH))), REFERENCE)[0].values()
+    (stack,) = search._stacks(STEP, (W, jnp.ones((512, WIDTH))), lambda run: Stack(run, REFERENCE))[0].values()
     settings = Knobs(), Knobs(stages="auto"), Knobs(tiles="auto"), Knobs(tiles=64)
     whole, in_stages, in_tiles, leanest = (stack._option(knobs, stack._kept_none()) for knobs in settings)
     assert whole.seconds < in_stages.seconds < in_tiles.seconds < leanest.seconds

@@ -1,0 +1,134 @@
+"""What one device holds of the values of a stack, where the compiler splits them over a mesh.
+
+A jaxpr has the shapes of whole arrays; how they are split over the devices the compiler decides, from the shardings of a
+step's arguments and the constraints in it. It is asked twice: the step is compiled under its default knobs, with the inputs
+of its stacks looked at, and the forward pass of one block is compiled with its inputs split so, and all of its values looked
+at (`jax.debug.inspect_array_sharding`). Inside `shard_map` shapes are those of one device already.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxckpt._plan import Knobs, under
+from jaxckpt.analysis import inlining
+from jaxckpt.analysis.numbering import run_equation
+from jaxckpt.analysis.shares import Shares
+from jaxckpt.engine.run import Run
+from jaxckpt.memory.explain import observing
+from jaxckpt.memory.measure import measure
+from jaxckpt.memory.meshes import mesh_on
+from jaxckpt.memory.targets import Target
+
+
+class Split(NamedTuple):
+    """How a step under default knobs is split.
+
+    Fields:
+        shares: of a flat block of each stack that is to be planned, by its name, without those inside of `shard_map`.
+        fixed_bytes: of arguments and results of the step, on one device. peak_bytes: the compiled peak.
+    """
+
+    shares: dict[str, Shares]
+    fixed_bytes: int
+    peak_bytes: int
+
+
+def split_of(step: Callable[..., Any], args: Any, where: Target, as_given: bool, names: Iterable[str]) -> Split:
+    """Compiles a step, in which stacks of these names are to be planned, under default knobs.
+
+    Arguments:
+        as_given: the arguments lie where they are to be.
+    """
+    seen: dict[str, _Inputs] = {}
+
+    def see(run: Run) -> None:
+        name = run.setting.plan
+        if isinstance(name, str) and name not in seen and not jax.sharding.get_abstract_mesh().manual_axes:
+            seen[name] = _Inputs(run)
+
+    with under(dict.fromkeys(names, Knobs())), observing(see):
+        found = measure(step, *args, target=None if as_given else where)
+    shares = {name: _shares_of(inputs.flat, inputs.types(), where) for name, inputs in seen.items()}
+    return Split(shares, found.argument_bytes + found.output_bytes - found.aliased_bytes, found.peak_bytes)
+
+
+class _Inputs:
+    """A block and what it is given, seen while the run is traced; with shardings, once the step is compiled."""
+
+    def __init__(self, run: Run):
+        self.flat = inlining.merged(inlining.inlined(run.closed, checkpoints=True))
+        self.leaves = [(jax.typeof(leaf), part == 0) for part, leaves in enumerate(run.leaves) for leaf in leaves]
+        self.shardings: dict[int, Any] = {}
+        for i, leaf in enumerate(leaf for leaves in run.leaves for leaf in leaves):
+            if _is_plain(leaf):
+                saw: Any = functools.partial(self.shardings.setdefault, i)
+                jax.debug.inspect_array_sharding(leaf, callback=saw)
+
+    def types(self) -> list[Any]:
+        """Of what one block is given."""
+        return [_placed(aval, self.shardings.get(i), is_stacked) for i, (aval, is_stacked) in enumerate(self.leaves)]
+
+
+def _placed(aval: Any, sharding: Any, is_stacked: bool) -> jax.ShapeDtypeStruct:
+    shape = aval.shape[1:] if is_stacked else aval.shape
+    if isinstance(sharding, NamedSharding):
+        spec = [*sharding.spec, *[None] * (len(aval.shape) - len(sharding.spec))]
+        mesh, known = sharding.mesh, aval.sharding.mesh
+        if not known.empty:  # which axes are the compiler's, and which are in types
+            mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=known.axis_types)
+        sharding = NamedSharding(mesh, PartitionSpec(*spec[is_stacked:]))
+    else:
+        sharding = None
+    return jax.ShapeDtypeStruct(shape, aval.dtype, sharding=sharding, weak_type=aval.weak_type)
+
+
+def _shares_of(closed: Any, given: Sequence[Any], where: Target) -> Shares:
+    """The shares of a block's values, as the compiler splits its forward pass.
+
+    Arguments:
+        closed: the block, flat. given: what it is given, with shardings.
+    """
+    found: dict[tuple[int, int], float] = {}
+
+    def look_at(value: Any, i: int, k: int) -> None:
+        aval = jax.typeof(value)
+        if _is_plain(value):
+            saw: Any = lambda sharding: found.setdefault((i, k), _share(sharding, aval.shape))  # noqa: E731
+            jax.debug.inspect_array_sharding(value, callback=saw)
+
+    def forward(constants: list[Any], inputs: list[Any]) -> list[Any]:
+        jaxpr = closed.jaxpr
+        values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *inputs], strict=True))
+        read = lambda var: var.val if isinstance(var, core.Literal) else values[var]  # noqa: E731
+        for i, eqn in enumerate(jaxpr.eqns):
+            made = run_equation(eqn, map(read, eqn.invars))
+            for k, value in enumerate(made):
+                look_at(value, i, k)
+            values.update(zip(eqn.outvars, made, strict=True))
+        return [read(var) for var in jaxpr.outvars]
+
+    constants = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in map(jax.typeof, closed.consts)]
+    with mesh_on(where):
+        where.compile(jax.jit(forward).lower(constants, list(given)))
+    outputs = tuple(
+        tuple(found.get((i, k), 1.0) for k in range(len(eqn.outvars))) for i, eqn in enumerate(closed.jaxpr.eqns)
+    )
+    return Shares(tuple(_share(leaf.sharding, leaf.shape) for leaf in given), outputs)
+
+
+def _share(sharding: Any, shape: Sequence[int]) -> float:
+    if sharding is None or not math.prod(shape):
+        return 1.0
+    return math.prod(sharding.shard_shape(tuple(shape))) / math.prod(shape)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is an array of numbers that has any, and no keys."""
+    return bool(value.size) and not jnp.issubdtype(value.dtype, jax.dtypes.extended)

@@ -1,0 +1,75 @@
+"""Plans for several devices: bytes and times are those of one device, however the step is split over them."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxckpt import checkpoint_scan, measure, plan, targets
+
+N, WIDTH, HIDDEN, BATCH = 12, 256, 1024, 16384
+# How parameters are split: whole, over the devices that split the batch, and over others beside these.
+SPECS = {
+    "data": {"up": P(), "down": P()},
+    "fsdp": {"up": P(None, "data"), "down": P(None, None, "data")},
+    "tensor": {"up": P(None, "data", "tensor"), "down": P(None, "tensor", "data")},
+    "shard_map": {"up": P(None, "data"), "down": P(None, None, "data")},
+}
+
+
+def block(w, x, *, kind, axis_type):
+    up, down = w["up"], w["down"]
+    if kind == "shard_map":
+        up, down = lax.all_gather(up, "data", axis=0, tiled=True), lax.all_gather(down, "data", axis=1, tiled=True)
+    elif axis_type == AxisType.Explicit:
+        up, down = jax.reshard(up, P(None, "tensor" * (kind == "tensor") or None)), jax.reshard(down, P(None, None))
+    h = jax.nn.gelu(x @ up)
+    return x + jnp.sin(jnp.sin(h) * h) @ down
+
+
+@pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def axis_type(request):
+    return request.param
+
+
+@pytest.fixture
+def h200(h200):
+    return "h200:8"
+
+
+def on_eight(kind, axis_type, knobs):
+    """A step for eight GPUs, and what it is given."""
+    shape, names = ((4, 2), ("data", "tensor")) if kind == "tensor" else ((8,), ("data",))
+    mesh = targets.get("h200:8").mesh(shape, names, axis_types=(axis_type,) * len(names))
+    stack = checkpoint_scan(partial(block, kind=kind, axis_type=axis_type), **knobs)
+    where = {name: NamedSharding(mesh, spec) for name, spec in SPECS[kind].items()}
+    shapes = {"up": (N, WIDTH, HIDDEN), "down": (N, HIDDEN, WIDTH)}
+    w = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=where[name]) for name, shape in shapes.items()}
+    x = jax.ShapeDtypeStruct((BATCH, WIDTH), jnp.bfloat16, sharding=NamedSharding(mesh, P("data")))
+
+    def loss(w, x):
+        total = (stack(w, x).astype(jnp.float32) ** 2).sum()
+        return lax.psum(total, "data") if kind == "shard_map" else total
+
+    step = jax.grad(loss)
+    if kind == "shard_map":
+        step = jax.shard_map(step, mesh=mesh, in_specs=(SPECS[kind], P("data")), out_specs=SPECS[kind], check_vma=False)
+    return mesh, jax.jit(step, out_shardings=where), (w, x)
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_bytes_are_those_of_one_device(h200, kind, axis_type):
+    """A plan in the memory of a named policy runs no more again than it, and is what was predicted."""
+    for policy, again in {"nothing": 1.8, "dots": 1.57, "everything": 1.0}.items():
+        mesh, step, args = on_eight(kind, axis_type, {"policy": policy})
+        to_plan = on_eight(kind, axis_type, {"plan": "auto"})[1]
+        with jax.set_mesh(mesh):
+            budget = round(1.01 * measure(step, *args, target=h200).peak_bytes)
+            found = plan(to_plan, *args, budget=budget, target=h200, progress=False)
+        assert found.peak_bytes <= budget
+        assert found.chosen.forward_runs <= again
+        assert found.chosen.predicted_bytes == pytest.approx(found.peak_bytes, rel=0.07)
