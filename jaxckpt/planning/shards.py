@@ -7,7 +7,9 @@ at (`jax.debug.inspect_array_sharding`). Inside `shard_map` shapes are those of 
 """
 
 import functools
+import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxckpt._plan import Knobs, under
 from jaxckpt.analysis import inlining
+from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis.numbering import run_equation
 from jaxckpt.analysis.shares import Shares
 from jaxckpt.engine.run import Run
@@ -31,7 +34,8 @@ class Split(NamedTuple):
     """How a step under default knobs is split.
 
     Fields:
-        shares: of a flat block of each stack that is to be planned, by its name, without those inside of `shard_map`.
+        shares: of a flat block of each stack that is to be planned, by its name, without those inside of `shard_map` and
+            `vmap`.
         fixed_bytes: of arguments and results of the step, on one device. peak_bytes: the compiled peak.
     """
 
@@ -50,19 +54,42 @@ def split_of(step: Callable[..., Any], args: Any, where: Target, as_given: bool,
 
     def see(run: Run) -> None:
         name = run.setting.plan
-        if isinstance(name, str) and name not in seen and not jax.sharding.get_abstract_mesh().manual_axes:
+        is_part = jax.sharding.get_abstract_mesh().manual_axes or any(map(jx.is_batched, itertools.chain(*run.leaves)))
+        if isinstance(name, str) and name not in seen and not is_part:
             seen[name] = _Inputs(run)
 
-    with under(dict.fromkeys(names, Knobs())), observing(see):
-        found = measure(step, *args, target=None if as_given else where)
-    shares = {name: _shares_of(inputs.flat, inputs.types(), where) for name, inputs in seen.items()}
+    target = None if as_given else where
+    with under(dict.fromkeys(names, Knobs())):
+        try:
+            with observing(see):
+                found = measure(step, *args, target=target)
+        except Exception as error:
+            found = measure(step, *args, target=target)  # or it is the step itself that is wrong
+            _warn("the stacks", where, error)
+            seen = {}
+    shares = {}
+    for name, inputs in seen.items():
+        try:
+            shares[name] = _shares_of(inputs.flat, inputs.types(), where)
+        except Exception as error:
+            _warn(inputs.block, where, error)
     return Split(shares, found.argument_bytes + found.output_bytes - found.aliased_bytes, found.peak_bytes)
+
+
+def _warn(what: str, where: Target, error: Exception) -> None:
+    said = str(error).splitlines()[0]
+    warnings.warn(
+        f"how the values of {what} are split over {where.name!r} cannot be told ({said}). The plan counts them whole, and "
+        "may leave much of the budget unused",
+        stacklevel=5,
+    )
 
 
 class _Inputs:
     """A block and what it is given, seen while the run is traced; with shardings, once the step is compiled."""
 
     def __init__(self, run: Run):
+        self.block = run.names.block
         self.flat = inlining.merged(inlining.inlined(run.closed, checkpoints=True))
         self.leaves = [(jax.typeof(leaf), part == 0) for part, leaves in enumerate(run.leaves) for leaf in leaves]
         self.shardings: dict[int, Any] = {}
@@ -124,9 +151,14 @@ def _shares_of(closed: Any, given: Sequence[Any], where: Target) -> Shares:
 
 
 def _share(sharding: Any, shape: Sequence[int]) -> float:
-    if sharding is None or not math.prod(shape):
+    """The part of an array that one device holds, where that is padded a little more than its share."""
+    if not isinstance(sharding, NamedSharding) or not math.prod(shape):
         return 1.0
-    return math.prod(sharding.shard_shape(tuple(shape))) / math.prod(shape)
+    share = 1.0
+    for size, axes in zip(shape, sharding.spec, strict=False):
+        names = () if axes is None else (axes,) if isinstance(axes, str) else axes
+        share *= -(-size // math.prod(sharding.mesh.shape[name] for name in names)) / size
+    return share
 
 
 def _is_plain(value: Any) -> bool:

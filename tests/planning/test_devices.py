@@ -73,3 +73,49 @@ def test_bytes_are_those_of_one_device(h200, kind, axis_type):
         assert found.peak_bytes <= budget
         assert found.chosen.forward_runs <= again
         assert found.chosen.predicted_bytes == pytest.approx(found.peak_bytes, rel=0.07)
+
+
+def of_eight(step, budget="60MiB"):
+    """What is planned for a step that is given `[6, 256, 256]`, split, and a batch that is split too."""
+    mesh = targets.get("h200:8").mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    where = NamedSharding(mesh, P(None, "data"))
+    w = jax.ShapeDtypeStruct((6, WIDTH, WIDTH), jnp.bfloat16, sharding=where)
+    x = jax.ShapeDtypeStruct((BATCH, WIDTH), jnp.bfloat16, sharding=NamedSharding(mesh, P("data")))
+    return plan(jax.jit(step, out_shardings=where), w, x, budget=budget, target="h200:8", progress=False)
+
+
+def loss_of(block, **knobs):
+    stack = checkpoint_scan(block, plan="auto", **knobs)
+    return lambda w, x, **keywords: (stack(w, x, **keywords).astype(jnp.float32) ** 2).sum()
+
+
+def with_keys(w, x):
+    block = lambda w, x, *, key: x + jnp.sin(jax.random.bernoulli(key, 0.9, x.shape) * (x @ w))  # noqa: E731
+    return jax.grad(loss_of(block, per_block=("key",)))(w, x, key=jax.random.split(jax.random.key(0), 6))
+
+
+def with_rest_and_constant(w, x):
+    """A value of one row, which cannot be split, and a constant."""
+    return jax.grad(loss_of(lambda w, x: x + jnp.sin(x @ w + jnp.ones((1, WIDTH), x.dtype)) * x[:1]))(w, x)
+
+
+def in_remat(w, x):
+    return jax.grad(jax.checkpoint(loss_of(lambda w, x: x + jnp.sin(x @ w))))(w, x)
+
+
+@pytest.mark.parametrize("step", [with_keys, with_rest_and_constant, in_remat])
+def test_steps_of_other_kinds(h200, step):
+    found = of_eight(step)
+    assert found.peak_bytes <= 60 * 2**20
+    assert found.chosen.predicted_bytes == pytest.approx(found.peak_bytes, rel=0.07)
+
+
+def test_what_the_compiler_does_not_tell_is_said(h200):
+    def micro_batches(w, x):
+        """Cut across the axis that is split, after which it is split along two axes by parts of a mesh axis."""
+        gradient = jax.grad(loss_of(lambda w, x: x + jnp.sin(x @ w)))
+        added = lambda total, x: (total + gradient(w, x).astype(total.dtype), None)  # noqa: E731
+        return lax.scan(added, jnp.zeros(w.shape), x.reshape(4, -1, WIDTH))[0]
+
+    with pytest.warns(UserWarning, match=r"how the values of the stacks are split over 'h200:8' cannot be told .* whole"):
+        assert of_eight(micro_batches).peak_bytes <= 60 * 2**20
