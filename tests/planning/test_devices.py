@@ -1,5 +1,6 @@
 """Plans for several devices: bytes and times are those of one device, however the step is split over them."""
 
+import itertools
 from functools import partial
 
 import jax
@@ -31,11 +32,6 @@ def block(w, x, *, kind, axis_type):
     return x + jnp.sin(jnp.sin(h) * h) @ down
 
 
-@pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-def axis_type(request):
-    return request.param
-
-
 @pytest.fixture
 def h200(h200):
     return "h200:8"
@@ -61,7 +57,13 @@ def on_eight(kind, axis_type, knobs):
     return mesh, jax.jit(step, out_shardings=where), (w, x)
 
 
-@pytest.mark.parametrize("kind", SPECS)
+def cases():
+    in_every_run = [("fsdp", AxisType.Explicit), ("tensor", AxisType.Auto), ("shard_map", AxisType.Auto)]
+    for case in itertools.product(SPECS, (AxisType.Auto, AxisType.Explicit)):
+        yield pytest.param(*case, marks=[] if case in in_every_run else pytest.mark.full)
+
+
+@pytest.mark.parametrize(("kind", "axis_type"), list(cases()))
 def test_bytes_are_those_of_one_device(h200, kind, axis_type):
     """A plan in the memory of a named policy runs no more again than it, and is what was predicted."""
     for policy, again in {"nothing": 1.8, "dots": 1.57, "everything": 1.0}.items():
