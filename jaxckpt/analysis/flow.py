@@ -132,14 +132,19 @@ def dependent(jaxpr: Any, inputs: Sequence[int]) -> set[Any]:
     return found
 
 
-def dependent_alone(jaxpr: Any, inputs: Sequence[int]) -> set[Any]:
-    """The variables that depend on some of these inputs, and on no other, on no constant and no side effect."""
-    found = {jaxpr.invars[i] for i in inputs}
+def dependent_alone(jaxpr: Any, inputs: Sequence[int], constants: Sequence[int] = ()) -> dict[Any, frozenset[int]]:
+    """The variables that depend on some of these inputs and no others, nor on a side effect, and on which of them.
+
+    Arguments:
+        constants: which of the jaxpr's are the same in every run, and so in the way of nothing.
+    """
+    found: dict[Any, frozenset[int]] = {jaxpr.constvars[i]: frozenset() for i in constants}
+    found |= {jaxpr.invars[i]: frozenset([i]) for i in inputs}
     for eqn in jaxpr.eqns:
-        given = set(jx.variables(eqn.invars))
-        if given and given <= found and not jx.effects(eqn):
-            found.update(eqn.outvars)
-    return found
+        given = jx.variables(eqn.invars)
+        if found.keys() >= set(given) and not jx.effects(eqn):
+            found |= dict.fromkeys(eqn.outvars, frozenset().union(*(found[var] for var in given)))
+    return {var: own for var, own in found.items() if own}
 
 
 def selected(closed: Any, outputs: Sequence[int]) -> Any:

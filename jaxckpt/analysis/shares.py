@@ -35,7 +35,8 @@ class Shares:
         for eqn, made in zip(jaxpr.eqns, self.outputs, strict=True):
             given = [held.get(var, 1.0) for var in jx.variables(eqn.invars)]
             held |= zip(eqn.outvars, made, strict=True)
-            found.append(min([*made, *given], default=1.0))
+            # Inside of `shard_map` shapes are those of one device.
+            found.append(1.0 if eqn.primitive.name == "shard_map" else min([*made, *given], default=1.0))
         return tuple(found)
 
 

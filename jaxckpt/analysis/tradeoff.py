@@ -3,8 +3,9 @@
 Every value of the block is tagged, and autodiff of the tagged block says which values the backward pass wants and how each
 is computed from others: the graph of `jaxckpt.analysis.mincut`. Tags survive autodiff, so that a set of them, kept by
 `jax.checkpoint`'s own policies, is exactly the set that was chosen. What a derivative's rule computes beside the block's own
-values has no tag and cannot be kept. What depends on parameters alone, such as a weight that was gathered from all devices,
-is not to be kept: with every block's weights whole on every device nobody would have had to split them.
+values has no tag and cannot be kept. What depends on parameters alone and is as large, such as a weight that is gathered
+from all devices, is not to be kept: with every block's weights whole on every device nobody would have had to split them. A
+norm of a weight may be kept.
 """
 
 import functools
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+from jax.core import Tracer
 from jax.extend import core
 
 from jaxckpt._recent import Recent
@@ -50,7 +52,7 @@ class Tradeoff:
 
     graph: Graph
     names: tuple[str, ...]  # of each value; "" where it has no tag
-    dear: tuple[bool, ...]  # of each equation; none of those that compute what is not to be kept
+    dear: tuple[bool, ...]  # of each equation
     wanted: dict[int, int]  # the values that are wanted, each once whatever its tags, with their bytes
     forward_seconds: float
 
@@ -130,15 +132,17 @@ def tradeoff_of(closed: Any, rates: Any, parameters: Sequence[int]) -> Tradeoff:
         rates: see `jaxckpt.analysis.cost`.
         parameters: which of its inputs are.
     """
-    return _recent.of((jx.text(closed), str(rates), tuple(parameters)), lambda: _tradeoff(closed, rates, parameters))
+    question = jx.text(closed), str(rates), tuple(parameters), _fixed(closed)
+    return _recent.of(question, lambda: _tradeoff(closed, rates, parameters))
 
 
 def _tradeoff(closed: Any, rates: Any, parameters: Sequence[int]) -> Tradeoff:
     tagged = jx.as_function(tagging.with_tags(closed))
     forward = lambda *inputs: jax.tree.leaves(jx.vjp_of_inexact(tagged, inputs)[1])  # noqa: E731
-    traced = inlining.inlined(jx.trace(forward, *closed.in_avals)).jaxpr
+    whole = inlining.inlined(jx.trace(forward, *closed.in_avals))
+    traced = whole.jaxpr
     there = {*traced.invars, *traced.constvars}
-    of_parameters = flow.dependent_alone(traced, parameters)
+    of_parameters = _like_parameters(traced, parameters, _fixed(whole))
     value: dict[Any, int] = {}
     sizes: list[int | None] = []
     made_by, names, needs, base = [], [], [], []
@@ -158,10 +162,22 @@ def _tradeoff(closed: Any, rates: Any, parameters: Sequence[int]) -> Tradeoff:
     return Tradeoff(
         graph=Graph(sizes, made_by, [cost(eqn, rates).seconds for eqn in traced.eqns], needs, wanted),
         names=tuple(names),
-        dear=tuple(is_dear(eqn) and not of_parameters.issuperset(eqn.outvars) for eqn in traced.eqns),
+        dear=tuple(map(is_dear, traced.eqns)),
         forward_seconds=sum(cost(eqn, rates).seconds for eqn in closed.jaxpr.eqns),
         wanted={value[var]: jx.nbytes(var.aval) for var in by_base.values()},
     )
+
+
+def _fixed(closed: Any) -> tuple[int, ...]:
+    """Which constants are the same in every run."""
+    return tuple(i for i, value in enumerate(closed.consts) if not isinstance(value, Tracer))
+
+
+def _like_parameters(jaxpr: Any, parameters: Sequence[int], fixed: Sequence[int]) -> set[Any]:
+    """The variables that depend on parameters alone, and have no fewer numbers than the smallest of them."""
+    found = flow.dependent_alone(jaxpr, parameters, fixed)
+    least = lambda own: min(jaxpr.invars[i].aval.size for i in own)  # noqa: E731
+    return {var for var, own in found.items() if getattr(var.aval, "size", 0) >= least(own)}
 
 
 def _values(vars: Any, value: dict[Any, int]) -> list[int]:

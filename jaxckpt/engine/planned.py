@@ -56,6 +56,22 @@ def _described(closed: Any, given: Sequence[Any], length: int) -> dict[str, Any]
 
 
 @contextlib.contextmanager
+def as_one() -> Iterator[None]:
+    """Of what is run inside only stacks, and what is to be planned, are looked at: the rest is part of one function."""
+    see = observed.get()
+
+    def part(run: Run) -> None:
+        if see is not None and (run.is_stack or isinstance(run.setting.plan, str)):
+            see(run)
+
+    token = observed.set(see and part)
+    try:
+        yield
+    finally:
+        observed.reset(token)
+
+
+@contextlib.contextmanager
 def by_itself() -> Iterator[None]:
     """Stacks inside the block are no part of a plan for this one, and are not looked at with it."""
     token = observed.set(None)

@@ -24,11 +24,7 @@ class Traced(NamedTuple):
     carry_tree: Any
     arrays: list[Any]  # the array leaves of `shared`
     rest_tree: Any  # structure of (aux, extra)
-
-    @property
-    def parameters(self) -> list[int]:
-        """Which of the block's inputs are parameters, or other numbers that each block has its own of: no keys, no flags."""
-        return [i for i, leaf in enumerate(self.x_leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    parameters: list[int]  # which of the block's inputs are
 
     @property
     def carried(self) -> range:
@@ -36,7 +32,9 @@ class Traced(NamedTuple):
         return range(len(self.x_leaves), len(self.x_leaves) + len(self.carry))
 
 
-def trace_block(block: Block, setting: Setting, xs: Any, carry: tuple, shared: dict[str, Any], names: check.Names) -> Traced:
+def trace_block(
+    block: Block, setting: Setting, xs: tuple, carry: tuple, shared: dict[str, Any], names: check.Names
+) -> Traced:
     """Traces `block` on one slice of `xs`, and checks that it returns the carry that it was given.
 
     Raises:
@@ -67,4 +65,12 @@ def trace_block(block: Block, setting: Setting, xs: Any, carry: tuple, shared: d
     while (promoted := check.settle_carry(carry, leaves, closed.out_avals[: len(leaves)], names)) is not None:
         leaves = promoted
         closed = jx.trace(flat, *slices, *leaves, *arrays)
-    return Traced(closed, x_leaves, leaves, names.leaves(carry), trees["carry"], arrays, trees["rest"])
+    own = jax.tree.leaves(xs[:-1])  # without the per-block arguments
+    parameters = [i for i, leaf in enumerate(own) if _is_parameter(leaf.dtype)]
+    return Traced(closed, x_leaves, leaves, names.leaves(carry), trees["carry"], arrays, trees["rest"], parameters)
+
+
+def _is_parameter(dtype: Any) -> bool:
+    """Whether a block's own array is one, quantized ones too, and no key, as which numbers of 32 bits serve, and no flag."""
+    is_small = jnp.issubdtype(dtype, jnp.integer) and jnp.iinfo(dtype).bits <= 8
+    return bool(is_small or jnp.issubdtype(dtype, jnp.inexact))

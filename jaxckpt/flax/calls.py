@@ -1,6 +1,5 @@
 """A call, traced apart from where it is made, with copies of the NNX objects that its function holds and is given."""
 
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +9,7 @@ from jaxckpt._leaves import is_array, replaced
 from jaxckpt._setting import Setting
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.engine import check, refs
-from jaxckpt.engine.planned import by_itself
+from jaxckpt.engine.planned import as_one, by_itself
 from jaxckpt.engine.single import run_under
 from jaxckpt.flax.objects import Objects, update_static, update_variables, written_apart
 
@@ -68,7 +67,7 @@ def run_call(
 ) -> Any:
     """`run(fns, args)`, checkpointed as `setting` says."""
     refs.check_given(names.block, [("an argument", leaf) for leaf in jax.tree.leaves(args)])
-    with by_itself() if setting.plan is not None else contextlib.nullcontext():
+    with by_itself() if setting.plan is not None else as_one():
         call = traced_call(run, fns, args, names.block)
     return call.returned(run_under(setting, call.closed, call.arrays, names))
 

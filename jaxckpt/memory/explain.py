@@ -107,6 +107,7 @@ class Explanation:
         parts: where a plan runs the first blocks under another setting than the others, both, each explained as a stack of
             its own; then bytes are those of both, times their means, the values those of the one and then of the other, and
             what else is said of a setting stands in the parts.
+        is_stack: and not what `checkpoint` made, of which there is one.
     """
 
     block: str
@@ -126,6 +127,7 @@ class Explanation:
     whole_runs: float = 1.0
     slices: tuple[SlicedPiece, ...] = ()
     parts: "tuple[Explanation, ...]" = ()
+    is_stack: bool = True
 
     @property
     def forward_runs(self) -> float | None:
@@ -172,7 +174,7 @@ class Explanation:
         pieces = "" if self.pieces == 1 else f", each in {self.pieces} pieces"
         if self.parts:
             return f"{self.length} x {self.block}, the first {self.parts[0].length} under another setting than the others"
-        blocks = "" if self.length == 1 else f"{self.length} x "
+        blocks = f"{self.length} x " if self.is_stack else ""
         return f"{blocks}{self.block}{chunks}, policy={self.policy!r}{pieces}"
 
     def _totals(self) -> list[str]:
@@ -332,6 +334,7 @@ def _explained(run: Run, where: targets.Target | None) -> Explanation:
         target=None if where is None else where.name,
         chosen=_choice_of(run),
         slices=sliced_pieces(run),
+        is_stack=run.is_stack,
         whole_runs=whole_runs(run.length, run.setting.blocks_per_ckpt, run.setting.snapshots, run.setting.engine),
         **_seconds(in_chunk, [] if is_single else kept, wanted, gpu, _is_entered_again(run)),
     )
@@ -439,7 +442,7 @@ def _the_run(stack: Any, args: tuple, keywords: dict[str, Any]) -> Run:
         )
     fn = stack.apply if isinstance(stack, nn.Module) else stack
     if not callable(fn) or isinstance(fn, type):
-        raise TypeError(f"explain takes a stack, or a function that runs one; got {stack!r}")
+        raise TypeError(f"explain takes a stack, what checkpoint made, or a function that runs one; got {stack!r}")
     arrays, with_arrays = split_arrays((args, keywords))
 
     def call(arrays: list[Any]) -> None:
@@ -459,9 +462,10 @@ def _the_run(stack: Any, args: tuple, keywords: dict[str, Any]) -> Run:
     if seen[0].refusal is not None:
         raise seen[0].refusal
     if any(jx.is_batched(leaf) for part in seen[0].leaves for leaf in part):
+        what = "the stack of " if seen[0].is_stack else ""
         raise ValueError(
-            f"the stack of {seen[0].names.block} was run under vmap, where its bytes are those of one example; explain the "
-            "stack itself, called with the whole batch"
+            f"{what}{seen[0].names.block} was run under vmap, where its bytes are those of one example; explain it by "
+            "itself, called with the whole batch"
         )
     return seen[0]
 

@@ -221,7 +221,7 @@ class Stack:
         chunks = sorted({k for k in range(2, length) if length % k == 0 or k in (2, 3, 4, 6, 8, 12)})
         for cut, choice in itertools.product(cuts, (nothing, *choices[1:])):
             if cut.pieces and choice is choices[-1]:
-                continue  # nothing of it is run again in pieces
+                continue  # nothing of it is run again in pieces, or what depends on parameters alone
             if choice is not nothing and cut.tiles in ("auto", 64):
                 continue  # who wants the least memory keeps nothing
             if cut.tiles and not all(map(tagging.output_of, choice.names)):

@@ -85,7 +85,8 @@ def plan(
         calibrate: measures a present device's rates for the time model, once; they are kept in the user's cache folder and
             taken by later plans. Otherwise: published rates of GPUs, a guess for CPUs.
         compilations: of the whole step, at most, each of which takes as long as at the start of a training job. What is
-            found depends on their number and not on how long they take; what they left untried is part of the plan.
+            found depends on their number and not on how long they take; what they left untried is part of the plan. On
+            several devices one more, under default knobs, says how the step is split.
         progress: whether stderr shows what is being compiled and for how long: a bar in a terminal, lines elsewhere.
 
     Returns:
@@ -135,8 +136,10 @@ def plan(
             search.peak(search.plain, split.peak_bytes)
         how = combinations, fixed, search, compilations, search.known
         chosen = rounds.fastest(limit, *how) if objective == "time" else None
+        if split is not None and objective == "time" and split.peak_bytes <= limit:  # known before, whatever the limit
+            chosen = min(filter(None, [chosen, search.plain]), key=lambda c: c.seconds)
         if chosen is None:
-            left = min(compilations - len(search.seen), rounds.OF_LEAST)
+            left = min(compilations - len(search.seen) + (split is not None), rounds.OF_LEAST)
             chosen = rounds.least(combinations, fixed, search, left, search.known)
             if search.seen[chosen].peak_bytes > limit:
                 raise TooLittle(_too_little(limit, search, fixed, chosen), search.seen[chosen].peak_bytes)

@@ -3,7 +3,7 @@
 A jaxpr has the shapes of whole arrays; how they are split over the devices the compiler decides, from the shardings of a
 step's arguments and the constraints in it. It is asked twice: the step is compiled under its default knobs, with the inputs
 of its stacks looked at, and the forward pass of one block is compiled with its inputs split so, and all of its values looked
-at (`jax.debug.inspect_array_sharding`). Inside `shard_map` shapes are those of one device already.
+at (`jax.debug.inspect_array_sharding`). Inside `shard_map` along all axes shapes are those of one device already.
 """
 
 import functools
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -53,9 +54,14 @@ def split_of(step: Callable[..., Any], args: Any, where: Target, as_given: bool,
     seen: dict[str, _Inputs] = {}
 
     def see(run: Run) -> None:
-        name = run.setting.plan
-        is_part = jax.sharding.get_abstract_mesh().manual_axes or any(map(jx.is_batched, itertools.chain(*run.leaves)))
-        if isinstance(name, str) and name not in seen and not is_part:
+        name, mesh = run.setting.plan, jax.sharding.get_abstract_mesh()
+        if not isinstance(name, str) or name in seen:
+            return
+        if any(map(jx.is_batched, itertools.chain(*run.leaves))):
+            _warn(run.names.block, where, "it runs under vmap, where it has the shapes of one example")
+        elif mesh.manual_axes and set(mesh.manual_axes) != set(mesh.axis_names):
+            _warn(run.names.block, where, "it runs in shard_map along some axes of the mesh only")
+        elif not mesh.manual_axes:
             seen[name] = _Inputs(run)
 
     target = None if as_given else where
@@ -65,21 +71,20 @@ def split_of(step: Callable[..., Any], args: Any, where: Target, as_given: bool,
                 found = measure(step, *args, target=target)
         except Exception as error:
             found = measure(step, *args, target=target)  # or it is the step itself that is wrong
-            _warn("the stacks", where, error)
+            _warn("the stacks", where, str(error).splitlines()[0])
             seen = {}
     shares = {}
     for name, inputs in seen.items():
         try:
             shares[name] = _shares_of(inputs.flat, inputs.types(), where)
         except Exception as error:
-            _warn(inputs.block, where, error)
+            _warn(inputs.block, where, str(error).splitlines()[0])
     return Split(shares, found.argument_bytes + found.output_bytes - found.aliased_bytes, found.peak_bytes)
 
 
-def _warn(what: str, where: Target, error: Exception) -> None:
-    said = str(error).splitlines()[0]
+def _warn(what: str, where: Target, why: str) -> None:
     warnings.warn(
-        f"how the values of {what} are split over {where.name!r} cannot be told ({said}). The plan counts them whole, and "
+        f"how the values of {what} are split over {where.name!r} cannot be told ({why}). The plan counts them whole, and "
         "may leave much of the budget unused",
         stacklevel=5,
     )
@@ -109,7 +114,7 @@ def _placed(aval: Any, sharding: Any, is_stacked: bool) -> jax.ShapeDtypeStruct:
         spec = [*sharding.spec, *[None] * (len(aval.shape) - len(sharding.spec))]
         mesh, known = sharding.mesh, aval.sharding.mesh
         if not known.empty:  # which axes are the compiler's, and which are in types
-            mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=known.axis_types)
+            mesh = Mesh(np.asarray(mesh.devices), mesh.axis_names, axis_types=known.axis_types)
         sharding = NamedSharding(mesh, PartitionSpec(*spec[is_stacked:]))
     else:
         sharding = None

@@ -337,6 +337,40 @@ def test_what_depends_on_parameters_alone_is_not_chosen(policy):
     assert "whole" in kept_by("save:whole") and "whole" in kept_by("save:whole+cheap")
 
 
+def test_what_is_smaller_than_parameters_or_mixed_with_others_may_be_chosen():
+    def scaled(w, x, *, memory=None):
+        """A norm that three products make, and a weight whose product with an array of each block is none of parameters."""
+        norm = checkpoint_name(jnp.linalg.norm(w["w"].T @ (w["w"] @ w["w"])).astype(x.dtype), "norm")
+        x = x + jnp.sin(x @ checkpoint_name(w["w"] / norm, "whole"))
+        return x if memory is None else x + jnp.sin(checkpoint_name(memory @ w["w"], "product")) * x
+
+    assert kept_by("budget:1.0", scaled) >= {"norm"} and "whole" not in kept_by("budget:1.0", scaled)
+    memory = jnp.ones((N, *X.shape))
+    found = explain(checkpoint_scan(scaled, policy="cheap", per_block=("memory",)), LOW_RANK, X, memory=memory)
+    assert "product" in {value.name for value in found.values if value.fate == "kept"}
+
+
+CONSTANT = np.tri(WIDTH)
+
+
+@pytest.mark.parametrize(
+    "whole",
+    [
+        lambda w: w["w"] * jnp.tri(WIDTH, dtype=jnp.float32),
+        lambda w: w["w"] * CONSTANT,
+        lambda w: jnp.linalg.inv(jnp.eye(WIDTH) + w["w"]),
+        lambda w: (w["int8"].astype(jnp.float32) * 0.5) @ w["w"],
+    ],
+    ids=["tri", "closed over", "inverse", "int8"],
+)
+def test_constants_beside_parameters_are_in_the_way_of_nothing(whole):
+    block = lambda w, x: x + jnp.sin(checkpoint_name(x @ whole(w), "product"))  # noqa: E731
+    w = {**LOW_RANK, "int8": jnp.ones((N, WIDTH, WIDTH), jnp.int8)}
+    for policy in ("cheap", "budget:1.0"):
+        found = explain(checkpoint_scan(block, policy=policy), w, X)
+        assert {v.name for v in found.values if v.fate == "kept" and v.times == N} == {"x", "product"}  # constants once
+
+
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("engine", ["scan", "reversal"])
 def test_gathered_weights_are_not_chosen(engine, check_vma):

@@ -319,6 +319,17 @@ def test_a_stack_comes_before_what_is_no_stack():
     assert explain(lambda w, kernel, x, labels: over(kernel, stack(w, x), labels), w, *HEAD).length == 3
     with pytest.raises(ValueError, match=r"several functions under checkpoint were run \(head, head\)"):
         explain(lambda *args: over(*args) + over(*args), *HEAD)
+    with pytest.raises(ValueError, match=r"^head was run under vmap.* explain it by itself, called with the whole batch"):
+        explain(jax.vmap(over, (None, 0, 0)), HEAD[0], HEAD[1][None], HEAD[2][None])
+
+
+def test_a_function_with_a_checkpoint_in_it_is_one():
+    inner = checkpoint(lambda x: jnp.sin(jnp.sin(x)))
+    outer = checkpoint(lambda w, x: inner(x @ w).sum())
+    found = explain(outer, jnp.ones((8, 4)), jnp.ones((2, 8)))
+    assert str(found).startswith("<lambda>, policy=") and found.stored_bytes == 0
+    w = jnp.ones((1, 8, 8))
+    assert str(explain(checkpoint_scan(lambda w, x: jnp.tanh(x @ w)), w, HEAD[1])).startswith("1 x <lambda>, policy=")
 
 
 @pytest.mark.parametrize(
@@ -333,7 +344,9 @@ def test_linen_without_variables():
     stack = checkpoint_scan(TransformerBlock, N)(**_sizes)
     with pytest.raises(TypeError, match=r"its variables first, explain\(stack, variables, x\); got"):
         explain(stack, TOKENS)
-    with pytest.raises(TypeError, match="explain takes a stack, or a function that runs one; got <class"):
+    with pytest.raises(
+        TypeError, match="explain takes a stack, what checkpoint made, or a function that runs one; got <class"
+    ):
         explain(checkpoint_scan(TransformerBlock, N), {}, TOKENS)
 
 

@@ -77,13 +77,13 @@ def test_bytes_are_those_of_one_device(h200, kind, axis_type):
         assert found.chosen.predicted_bytes == pytest.approx(found.peak_bytes, rel=0.07)
 
 
-def of_eight(step, budget="60MiB"):
+def of_eight(step, budget="60MiB", **how):
     """What is planned for a step that is given `[6, 256, 256]`, split, and a batch that is split too."""
     mesh = targets.get("h200:8").mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     where = NamedSharding(mesh, P(None, "data"))
     w = jax.ShapeDtypeStruct((6, WIDTH, WIDTH), jnp.bfloat16, sharding=where)
     x = jax.ShapeDtypeStruct((BATCH, WIDTH), jnp.bfloat16, sharding=NamedSharding(mesh, P("data")))
-    return plan(jax.jit(step, out_shardings=where), w, x, budget=budget, target="h200:8", progress=False)
+    return plan(jax.jit(step, out_shardings=where), w, x, budget=budget, target="h200:8", progress=False, **how)
 
 
 def loss_of(block, **knobs):
@@ -110,6 +110,15 @@ def test_steps_of_other_kinds(h200, step):
     found = of_eight(step)
     assert found.peak_bytes <= 60 * 2**20
     assert found.chosen.predicted_bytes == pytest.approx(found.peak_bytes, rel=0.07)
+
+
+def test_one_compilation_is_one(h200):
+    """Beside the one that says how the step is split."""
+    step = jax.grad(loss_of(lambda w, x: x + jnp.sin(x @ w)))
+    enough = of_eight(step, "60MiB", compilations=1)
+    assert len(enough.candidates) == 2 and enough.chosen.forward_runs < 2
+    least = of_eight(step, None, compilations=1, objective="memory")
+    assert least.peak_bytes < 0.8 * enough.peak_bytes
 
 
 def test_what_the_compiler_does_not_tell_is_said(h200):
