@@ -121,6 +121,14 @@ def test_one_compilation_is_one(h200):
     assert least.peak_bytes < 0.8 * enough.peak_bytes
 
 
+def test_a_budget_that_parameters_exceed(h200):
+    """An error names what one device holds of each argument."""
+    step = jax.grad(loss_of(lambda w, x: x + jnp.sin(x @ w)))
+    said = r"is less than this step can do with: .* the argument \[1\] 1\.0 MiB"
+    with pytest.raises(ValueError, match=said):
+        of_eight(step, "64KiB")
+
+
 def test_what_the_compiler_does_not_tell_is_said(h200):
     def micro_batches(w, x):
         """Cut across the axis that is split, after which it is split along two axes by parts of a mesh axis."""
