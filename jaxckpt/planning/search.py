@@ -328,7 +328,7 @@ def _stacks(step: Callable[..., Any], args: Any, make: Callable[[Run], T]) -> tu
     parts, whole = split_objects(args) if holds_objects(args) else (args, lambda args: args)
     arrays, with_arrays = split_arrays(parts)
     found: dict[str, T] = {}
-    runs: dict[str, tuple[Run, dict[str, Any]]] = {}
+    seen: dict[str, tuple[str, dict[str, Any]]] = {}
     digest, fixed = "", 0
 
     def see(run: Run) -> None:
@@ -336,19 +336,19 @@ def _stacks(step: Callable[..., Any], args: Any, make: Callable[[Run], T]) -> tu
         if not isinstance(name, str):
             return
         if name not in found:
-            found[name], runs[name] = make(run), (run, described(run))
+            found[name], seen[name] = make(run), (run.names.block, described(run))
             return
-        (other, known), identity = runs[name], described(run)
-        if run.names.block == other.names.block and identity == known:
+        (block, known), identity = seen[name], described(run)
+        if run.names.block == block and identity == known:
             return
         written = f"auto:{name}" if name else "auto"
-        if run.names.block == other.names.block and run.length == other.length:
+        if run.names.block == block and run.length == known["length"]:
             given = f"given {known['carry']} and {identity['carry']}"
             raise ValueError(
                 f"{run.names.block}: what has plan={written!r} is run twice in the step, {given}, or with other flags, and "
                 "a plan is for one of them: build one for each and give it its name, plan='auto:NAME'"
             )
-        both = " and ".join(f"{r.length} x {r.names.block}" for r in (other, run))
+        both = f"{known['length']} x {block} and {run.length} x {run.names.block}"
         raise ValueError(f"two stacks are built with plan={written!r}, {both}: give each its name, plan='auto:NAME'")
 
     def call(arrays: list[Any]) -> None:

@@ -76,7 +76,7 @@ def split_of(step: Callable[..., Any], args: Any, where: Target, as_given: bool,
     shares = {}
     for name, inputs in seen.items():
         try:
-            shares[name] = _shares_of(inputs.flat, inputs.types(), where)
+            shares[name] = _shares_of(inputs, where)
         except Exception as error:
             _warn(inputs.block, where, str(error).splitlines()[0])
     return Split(shares, found.argument_bytes + found.output_bytes - found.aliased_bytes, found.peak_bytes)
@@ -95,7 +95,8 @@ class _Inputs:
 
     def __init__(self, run: Run):
         self.block = run.names.block
-        self.flat = inlining.merged(inlining.inlined(run.closed, checkpoints=True))
+        flat = inlining.merged(inlining.inlined(run.closed, checkpoints=True))
+        self.jaxpr, self.constants = flat.jaxpr, list(map(jax.typeof, flat.consts))
         self.leaves = [(jax.typeof(leaf), part == 0) for part, leaves in enumerate(run.leaves) for leaf in leaves]
         self.shardings: dict[int, Any] = {}
         for i, leaf in enumerate(leaf for leaves in run.leaves for leaf in leaves):
@@ -121,12 +122,9 @@ def _placed(aval: Any, sharding: Any, is_stacked: bool) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, aval.dtype, sharding=sharding, weak_type=aval.weak_type)
 
 
-def _shares_of(closed: Any, given: Sequence[Any], where: Target) -> Shares:
-    """The shares of a block's values, as the compiler splits its forward pass.
-
-    Arguments:
-        closed: the block, flat. given: what it is given, with shardings.
-    """
+def _shares_of(block: _Inputs, where: Target) -> Shares:
+    """The shares of a block's values, as the compiler splits its forward pass."""
+    jaxpr, given = block.jaxpr, block.types()
     found: dict[tuple[int, int], float] = {}
 
     def look_at(value: Any, i: int, k: int) -> None:
@@ -136,7 +134,6 @@ def _shares_of(closed: Any, given: Sequence[Any], where: Target) -> Shares:
             jax.debug.inspect_array_sharding(value, callback=saw)
 
     def forward(constants: list[Any], inputs: list[Any]) -> list[Any]:
-        jaxpr = closed.jaxpr
         values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *inputs], strict=True))
         read = lambda var: var.val if isinstance(var, core.Literal) else values[var]  # noqa: E731
         for i, eqn in enumerate(jaxpr.eqns):
@@ -146,12 +143,10 @@ def _shares_of(closed: Any, given: Sequence[Any], where: Target) -> Shares:
             values.update(zip(eqn.outvars, made, strict=True))
         return [read(var) for var in jaxpr.outvars]
 
-    constants = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in map(jax.typeof, closed.consts)]
+    constants = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in block.constants]
     with mesh_on(where):
-        where.compile(jax.jit(forward).lower(constants, list(given)))
-    outputs = tuple(
-        tuple(found.get((i, k), 1.0) for k in range(len(eqn.outvars))) for i, eqn in enumerate(closed.jaxpr.eqns)
-    )
+        where.compile(jax.jit(forward).lower(constants, given))
+    outputs = tuple(tuple(found.get((i, k), 1.0) for k in range(len(eqn.outvars))) for i, eqn in enumerate(jaxpr.eqns))
     return Shares(tuple(_share(leaf.sharding, leaf.shape) for leaf in given), outputs)
 
 

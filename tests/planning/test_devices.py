@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxckpt import checkpoint_scan, measure, plan, targets
+from jaxckpt.planning import search
 
 N, WIDTH, HIDDEN, BATCH = 12, 256, 1024, 16384
 # How parameters are split: whole, over the devices that split the batch, and over others beside these.
@@ -138,3 +139,9 @@ def test_what_the_compiler_does_not_tell_is_said(h200):
 
     with pytest.warns(UserWarning, match=r"how the values of the stacks are split over 'h200:8' cannot be told .* whole"):
         assert of_eight(micro_batches).peak_bytes <= 60 * 2**20
+
+
+def test_leaks_are_checked(h200):
+    search.forget()
+    with jax.checking_leaks():
+        of_eight(with_rest_and_constant)
