@@ -189,10 +189,12 @@ class Stack:
         found = list(self._all(may_offload))
         found += self._between(found)
         best: list[Option] = []
-        for option in sorted(found, key=lambda o: (o.seconds, _bytes(o))):
+        # What blocks take that are differentiated in turn is too rough a guess to tell more than what is stored does.
+        size = lambda o: o.stored_bytes if o.phases else _bytes(o)  # noqa: E731
+        for option in sorted(found, key=lambda o: (o.seconds, size(o))):
             # One of each family stays, since their bytes are not yet known for sure.
             rivals = [o for o in best if o.family == option.family]
-            if all(_bytes(option) < _bytes(o) * 0.999 for o in rivals):
+            if all(size(option) < size(o) * 0.999 for o in rivals):
                 best.append(option)
         return best
 
