@@ -18,7 +18,6 @@ from weakref import WeakKeyDictionary
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
 
 from jaxckpt._leaves import split_arrays
 from jaxckpt._plan import Candidate, Knobs, Plan, StackPlan, under
@@ -40,7 +39,7 @@ from jaxckpt.planning import rounds
 from jaxckpt.planning.model import Asked, Option, Stack
 from jaxckpt.planning.peaks import Combination, Known, Peaks, kind
 from jaxckpt.planning.rounds import COMPILATIONS
-from jaxckpt.planning.shards import Split, split_of
+from jaxckpt.planning.shards import Split, share_of, split_of
 
 T = TypeVar("T")
 
@@ -410,14 +409,6 @@ def _text(c: Combination) -> str:
     return "; ".join(str(option.knobs) for option in c.options)
 
 
-def _bytes_on_one(leaf: Any) -> int:
-    """What one device holds of an array."""
-    aval, sharding = jax.typeof(leaf), getattr(leaf, "sharding", None)
-    if not isinstance(sharding, NamedSharding) or not aval.size:
-        return jx.nbytes(aval)
-    return jx.nbytes(aval) * math.prod(sharding.shard_shape(aval.shape)) // aval.size
-
-
 def _too_little(limit: float, search: _Search, fixed: int, best: Combination) -> str:
     """Names the least that is possible, and what is large."""
     least, peaks = search.seen[best].peak_bytes, Peaks(fixed, search.known)
@@ -428,7 +419,9 @@ def _too_little(limit: float, search: _Search, fixed: int, best: Combination) ->
         sizes[f"what one {block} takes while it is differentiated"] = peaks.transient(i, option)
     for path, leaf in jax.tree_util.tree_leaves_with_path(search.args):
         if hasattr(leaf, "shape"):
-            sizes[f"the argument {jax.tree_util.keystr(path)}"] = _bytes_on_one(leaf)
+            sizes[f"the argument {jax.tree_util.keystr(path)}"] = jx.nbytes(jax.typeof(leaf)) * share_of(
+                getattr(leaf, "sharding", None), leaf.shape
+            )
     largest = sorted(sizes.items(), key=lambda item: -item[1])[:4]
     listed = ", ".join(f"{name} {size_text(size)}" for name, size in largest)
     return (

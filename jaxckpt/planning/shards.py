@@ -130,7 +130,7 @@ def _shares_of(block: _Inputs, where: Target) -> Shares:
     def look_at(value: Any, i: int, k: int) -> None:
         aval = jax.typeof(value)
         if _is_plain(value):
-            saw: Any = lambda sharding: found.setdefault((i, k), _share(sharding, aval.shape))  # noqa: E731
+            saw: Any = lambda sharding: found.setdefault((i, k), share_of(sharding, aval.shape))  # noqa: E731
             jax.debug.inspect_array_sharding(value, callback=saw)
 
     def forward(constants: list[Any], inputs: list[Any]) -> list[Any]:
@@ -147,10 +147,10 @@ def _shares_of(block: _Inputs, where: Target) -> Shares:
     with mesh_on(where):
         where.compile(jax.jit(forward).lower(constants, given))
     outputs = tuple(tuple(found.get((i, k), 1.0) for k in range(len(eqn.outvars))) for i, eqn in enumerate(jaxpr.eqns))
-    return Shares(tuple(_share(leaf.sharding, leaf.shape) for leaf in given), outputs)
+    return Shares(tuple(share_of(leaf.sharding, leaf.shape) for leaf in given), outputs)
 
 
-def _share(sharding: Any, shape: Sequence[int]) -> float:
+def share_of(sharding: Any, shape: Sequence[int]) -> float:
     """The part of an array that one device holds, where that is padded a little more than its share."""
     if not isinstance(sharding, NamedSharding) or not math.prod(shape):
         return 1.0
