@@ -28,23 +28,22 @@ class Call(NamedTuple):
     keywords: dict[str, Any]
 
 
-def _transformer(tokens: int, batch: int = 8) -> tuple[Any, list[tuple[int, ...]]]:
-    return partial(TransformerBlock, d_model=1024, num_heads=8, d_ff=4096), [(batch, tokens, 1024)]
+class Model(NamedTuple):
+    """A model of ours: its block, the shapes of one example's carry by the number of tokens, and how many examples.
 
+    Without `batch` there is one, and the carry has no axis for it.
+    """
 
-def _pairformer(tokens: int) -> tuple[Any, list[tuple[int, ...]]]:
-    return PairformerBlock, [(tokens, 384), (tokens, tokens, 128)]
-
-
-def _evoformer(tokens: int) -> tuple[Any, list[tuple[int, ...]]]:
-    return EvoformerBlock, [(128, tokens, 256), (tokens, tokens, 128)]
+    block: Any
+    carry: Callable[[int], list[tuple[int, ...]]]
+    batch: int | None = None
 
 
 # With the sizes of the papers: 8 sequences of the transformer, 128 of the Evoformer's alignment.
-MODELS: dict[str, Callable[..., tuple[Any, list[tuple[int, ...]]]]] = {
-    "transformer": _transformer,
-    "pairformer": _pairformer,
-    "evoformer": _evoformer,
+MODELS = {
+    "transformer": Model(partial(TransformerBlock, d_model=1024, num_heads=8, d_ff=4096), lambda n: [(n, 1024)], 8),
+    "pairformer": Model(PairformerBlock, lambda n: [(n, 384), (n, n, 128)]),
+    "evoformer": Model(EvoformerBlock, lambda n: [(128, n, 256), (n, n, 128)]),
 }
 
 
@@ -101,8 +100,11 @@ def _number_or_none(text: str, wrong: str) -> int | None:
     return int(text)
 
 
-def chosen_stack(options: argparse.Namespace, *batch: int, **knobs: Any) -> Call:
-    """The stack that the options name, with these knobs of `checkpoint_scan`; the transformer for a batch of that size.
+def chosen_stack(options: argparse.Namespace, batch: int | None = None, **knobs: Any) -> Call:
+    """The stack that the options name, with these knobs of `checkpoint_scan`.
+
+    Arguments:
+        batch: examples, of our models; by default their own number, or the next that the axis data of `--mesh` divides.
 
     Raises:
         ValueError: a knob out of range, or `--stack` does not lead to a function.
@@ -111,9 +113,15 @@ def chosen_stack(options: argparse.Namespace, *batch: int, **knobs: Any) -> Call
     if options.stack is not None:
         refuse_sizes(options, "--stack")
         return _of_user(options.stack, knobs)
-    block, shapes = MODELS[options.model](options.tokens or TOKENS, *batch)
-    stack = checkpoint_scan(block, options.blocks or BLOCKS, **knobs)(dtype=jnp.bfloat16)
-    carry = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    model = MODELS[options.model]
+    data = (getattr(options, "mesh", None) or {}).get("data")
+    if batch is None:
+        batch = model.batch if data is None else -(-(model.batch or 1) // data) * data
+    elif batch % (data or 1):
+        raise ValueError(f"a batch of {batch} cannot be split over data={data}; take multiples of {data}")
+    stack = checkpoint_scan(model.block, options.blocks or BLOCKS, **knobs)(dtype=jnp.bfloat16)
+    shapes = model.carry(options.tokens or TOKENS)
+    carry = [jax.ShapeDtypeStruct(shape if batch is None else (batch, *shape), jnp.bfloat16) for shape in shapes]
     return Call(stack, (jax.eval_shape(stack.init, jax.random.key(0), *carry), *carry), {})
 
 

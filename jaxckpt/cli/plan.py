@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jaxckpt import plan
 from jaxckpt._plan import Plan
 from jaxckpt.cli._errors import EXPECTED, fail
-from jaxckpt.cli._stacks import add_stack_options, chosen_stack, made_by, positive, refuse_sizes
+from jaxckpt.cli._meshes import add_mesh_options, check_mesh, on_mesh
+from jaxckpt.cli._stacks import MODELS, add_stack_options, chosen_stack, made_by, positive, refuse_sizes
 from jaxckpt.cli.plots import OfBatch, Point, check_plot, draw_batches, draw_memory_against_runs
 from jaxckpt.cli.report import gradient
 from jaxckpt.memory import targets
@@ -28,6 +29,7 @@ def add_parser(commands: Any) -> None:
         help="a training step of yours in place of --model: MAKE() returns (step, args); stacks in it that are built with "
         "plan='auto' or plan='auto:NAME' are planned; jax.ShapeDtypeStructs do for arrays",
     )
+    add_mesh_options(parser)
     parser.add_argument("--budget", help="of each device, such as 40GiB (default: its memory)")
     parser.add_argument("--target", default="attached", help=f"attached, cpu, {', '.join(targets.gpu_names())}, or a file")
     parser.add_argument("--objective", choices=("time", "memory"), default="time", help="default: %(default)s")
@@ -69,6 +71,7 @@ def run(options: argparse.Namespace) -> int:
             raise ValueError(f"--out {options.out}: {wrong}; write the path of a file, such as plan.json")
         if options.time:
             _check_time(options)
+        check_mesh(options, [targets.get(options.target)])
         if options.plans and not options.batch:
             raise ValueError("--plans is of --batch, which lists the sizes that a batch may have")
         found = _planned(options) if options.batch is None else _batches(options)
@@ -94,7 +97,7 @@ def _batches(options: argparse.Namespace) -> Batches:
         raise ValueError("--time looks at one batch, and --batch at several: leave one of them away")
     if options.objective == "memory":
         raise ValueError("--batch makes plans for time, and --objective memory is of one batch: leave one of them away")
-    if options.step is None and options.model != "transformer":
+    if options.step is None and MODELS[options.model].batch is None and not (options.mesh or {}).get("data"):
         raise ValueError(f"--batch: a {options.model} of ours has no batch; take --model transformer, or --step")
     knobs = ("budget", "target", "calibrate", "compilations")
     how = {name: getattr(options, name) for name in knobs}
@@ -109,13 +112,14 @@ def _check_time(options: argparse.Namespace) -> None:
         raise ValueError("--time chooses the fastest, and --objective memory the least memory: leave one of them away")
 
 
-def _step(options: argparse.Namespace, *batch: int) -> tuple[Any, tuple[Any, ...]]:
+def _step(options: argparse.Namespace, batch: int | None = None) -> tuple[Any, tuple[Any, ...]]:
     """The step and its arguments, for a batch of that size if one is given."""
     if options.step is None:
-        fn, *args = gradient(chosen_stack(options, *batch, plan="auto"))
+        call = chosen_stack(options, batch, plan="auto")
+        fn, *args = gradient(on_mesh(call, options, targets.get(options.target)), options.mesh is not None)
         return fn, _arrays(tuple(args), options.target) if options.time else tuple(args)
     refuse_sizes(options, "--step")
-    made = made_by(options.step, "--step", *batch)
+    made = made_by(options.step, "--step", *([] if batch is None else [batch]))
     if not isinstance(made, tuple) or len(made) != 2 or not callable(made[0]) or not isinstance(made[1], tuple):
         raise TypeError(
             f"{options.step} must return (step, args), args a tuple of what the step is called with; got {made!r:.200}"
@@ -128,7 +132,7 @@ def _step(options: argparse.Namespace, *batch: int) -> tuple[Any, tuple[Any, ...
 def _arrays(shapes: Any, target: str) -> Any:
     """Arrays of these shapes on the target, all of one small number: how long a step takes does not depend on it."""
     with jax.default_device(targets.get(target).devices[0]):
-        return jax.tree.map(lambda shape: jnp.full(shape.shape, 0.01, shape.dtype), shapes)
+        return jax.tree.map(lambda x: jnp.full(x.shape, 0.01, x.dtype, device=x.sharding), shapes)
 
 
 def _title(found: Plan) -> str:

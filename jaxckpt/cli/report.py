@@ -17,6 +17,7 @@ from jaxckpt._leaves import split_arrays
 from jaxckpt._progress import Progress
 from jaxckpt._table import aligned
 from jaxckpt.cli._errors import EXPECTED, fail
+from jaxckpt.cli._meshes import add_mesh_options, check_mesh, on_mesh
 from jaxckpt.cli._stacks import Call, add_stack_options, chosen_stack, chunk_near_sqrt, chunk_size, slices
 from jaxckpt.cli.plots import Point, check_plot, draw_memory_against_runs, pareto
 from jaxckpt.memory import targets
@@ -39,6 +40,7 @@ class Row:
     temp_bytes: int | None = None
     host_bytes: int | None = None
     memory_bytes: int | None = None
+    sent_bytes: int | None = None
     forward_runs: float | None = None
     compile_seconds: float | None = None
     error: str | None = None
@@ -53,6 +55,7 @@ def add_parser(commands: Any) -> None:
     about = "compile a stack under many settings and show memory against recomputation, as a table and as a picture"
     parser = commands.add_parser("report", help=about, description=about)
     add_stack_options(parser)
+    add_mesh_options(parser)
     parser.add_argument(
         "--blocks-per-ckpt",
         nargs="+",
@@ -82,6 +85,7 @@ def run(options: argparse.Namespace) -> int:
         if options.plot is not None:
             check_plot(options.plot)
         where = [targets.get(name) for name in options.target]
+        check_mesh(options, where)
         _ = [target.devices for target in where]  # a missing plugin is said before anything is compiled
         rates = next((target for target in where if target.gpu), targets.get(RATES))
         with Progress("report", unit="stack") as progress:
@@ -110,7 +114,7 @@ def run(options: argparse.Namespace) -> int:
         with Progress("report", len(jobs), "setting") as progress:
             for row, call, target in jobs:
                 progress.doing(f"compiling {row.setting} for {row.target}")
-                rows.append(measured(row, call, target))
+                rows.append(measured(row, on_mesh(call, options, target), target, options.mesh is not None))
                 progress.advance()
     except KeyboardInterrupt:  # what has been measured is not lost
         interrupted = True
@@ -123,14 +127,15 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
     elif rows:
-        print("\n\n".join([title, *tables(rows), EXPLAINED.format(rates=rates.name)]))
+        below = EXPLAINED.format(rates=rates.name) + f" {SENT}" * any(row.sent_bytes for row in rows)
+        print("\n\n".join([title, *tables(rows), below]))
     return 130 if interrupted else int(all(row.error for row in rows))
 
 
-def measured(row: Row, call: Call, target: targets.Target) -> Row:
+def measured(row: Row, call: Call, target: targets.Target, is_split: bool = False) -> Row:
     """Compiles the gradient of the stack's parameters for the target and reads its sizes."""
     try:
-        found = measure(*gradient(call), target=target)
+        found = measure(*gradient(call, is_split), target=target)
     except Exception as error:  # what one setting does not allow must not lose the others
         return dataclasses.replace(row, error=f"{type(error).__name__}: {error}".splitlines()[0])
     return dataclasses.replace(
@@ -139,6 +144,7 @@ def measured(row: Row, call: Call, target: targets.Target) -> Row:
         temp_bytes=found.temp_bytes,
         host_bytes=found.host_bytes,
         memory_bytes=found.memory_bytes,
+        sent_bytes=found.sent_bytes,
         compile_seconds=round(found.compile_seconds, 1),
     )
 
@@ -147,8 +153,12 @@ def explained(call: Call, target: Any) -> Explanation:
     return explain(call.stack, *call.args, target=target, **call.keywords)
 
 
-def gradient(call: Call) -> tuple[Any, ...]:
-    """A function for `measure` and its arguments: the gradients by the parameters of the sum of the squared outputs."""
+def gradient(call: Call, is_split: bool = False) -> tuple[Any, ...]:
+    """A function for `measure` and its arguments: the gradients by the parameters of the sum of the squared outputs.
+
+    Arguments:
+        is_split: the parameters lie on a mesh, and so should their gradients.
+    """
     stack, args, keywords = call
     if isinstance(stack, nnx.Module):
         graph, params, state = nnx.split(stack, nnx.Param, ...)
@@ -169,7 +179,10 @@ def gradient(call: Call) -> tuple[Any, ...]:
         squares = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in out if jnp.issubdtype(x.dtype, jnp.inexact)]
         return jnp.stack(squares).sum()
 
-    return jax.value_and_grad(loss), params, arrays
+    step = jax.value_and_grad(loss)
+    if is_split:  # gradients lie as parameters do, or XLA may return them whole
+        step = jax.jit(step, out_shardings=(None, jax.tree.map(lambda leaf: leaf.sharding, params)))
+    return step, params, arrays
 
 
 def tables(rows: list[Row]) -> list[str]:
@@ -177,30 +190,33 @@ def tables(rows: list[Row]) -> list[str]:
     parts = []
     for target, group in _by_target(rows).items():
         front = pareto([point for row in group if (point := _point(row))])
-        lines = [["  setting", "peak GiB", "temp GiB", "forward runs", "compile s", ""]]
+        sends = any(row.sent_bytes for row in group)
+        lines = [["  setting", "peak GiB", "temp GiB", *["sent GiB"] * sends, "forward runs", "compile s", ""]]
         for row in sorted(group, key=lambda row: (row.peak_bytes is None, row.peak_bytes)):
-            lines.append([f"{'*' if _point(row) in front else ' '} {row.setting}", *_cells(row)])
+            lines.append([f"{'*' if _point(row) in front else ' '} {row.setting}", *_cells(row, sends)])
         memory = max(row.memory_bytes or 0 for row in group)
         title = f"{target}, {memory / GIB:.0f} GiB of memory" if memory else target
-        parts.append("\n".join([title, *aligned(lines, right=range(1, 5))]))
+        parts.append("\n".join([title, *aligned(lines, right=range(1, 5 + sends))]))
     return parts
 
 
 EXPLAINED = """*: no other setting needs less memory without running more. K: blocks_per_ckpt.
-peak: temporaries, arguments and outputs. forward runs: of a block in one training step, parts of it by the time model of
-{rates}; 1: nothing is run again."""
+peak: temporaries, arguments and outputs of each device. forward runs: of a block in one training step, parts of it by the
+time model of {rates}; 1: nothing is run again."""
+SENT = "sent: by each device to others in one step."
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: Row, sends: bool) -> tuple[str, ...]:
     runs = "" if row.forward_runs is None else f"{row.forward_runs:.2f}"
     if row.peak_bytes is None or row.temp_bytes is None:
-        return "", "", runs, "", row.error or ""
+        return "", "", *[""] * sends, runs, "", row.error or ""
     notes = []
     if row.memory_bytes and row.peak_bytes > row.memory_bytes:
         notes.append(f"{(row.peak_bytes - row.memory_bytes) / GIB:.1f} GiB too large")
     if row.host_bytes:
         notes.append(f"{row.host_bytes / GIB:.1f} GiB in the host")
-    return f"{row.peak_bytes / GIB:.2f}", f"{row.temp_bytes / GIB:.2f}", runs, f"{row.compile_seconds:.1f}", ", ".join(notes)
+    sizes = [row.peak_bytes, row.temp_bytes, *[row.sent_bytes or 0] * sends]
+    return *(f"{size / GIB:.2f}" for size in sizes), runs, f"{row.compile_seconds:.1f}", ", ".join(notes)
 
 
 def draw(path: Path, title: str, rows: list[Row]) -> None:

@@ -20,6 +20,7 @@ from jaxckpt._sizes import one_unit
 from jaxckpt.engine.check import shape_of
 from jaxckpt.flax.steps import jitted, map_leaves, objects_are_arguments, with_objects
 from jaxckpt.memory import targets
+from jaxckpt.memory.collectives import Collective, collectives
 from jaxckpt.memory.meshes import lowered_on
 from jaxckpt.memory.targets import Target
 
@@ -43,6 +44,7 @@ class Measurement:
             donation that is more than the program's own peak by the arguments, since copies of them are given away. None
             where the device does not count (CPUs).
         jax_version: peaks move with the compiler.
+        collectives: what devices send to each other in one call, by kind; loops multiplied by how often they run.
     """
 
     target: str
@@ -58,6 +60,7 @@ class Measurement:
     seconds: float | None = None
     runtime_peak_bytes: int | None = None
     jax_version: str = jax.__version__
+    collectives: tuple[Collective, ...] = ()
 
     @property
     def peak_bytes(self) -> int:
@@ -68,6 +71,11 @@ class Measurement:
     def excess_bytes(self) -> int:
         """By how much the peak is larger than the device's memory; 0 if it fits, or if the memory is unknown."""
         return max(0, self.peak_bytes - self.memory_bytes) if self.memory_bytes else 0
+
+    @property
+    def sent_bytes(self) -> int:
+        """What each device sends to others in one call, in all collectives."""
+        return sum(found.sent_bytes for found in self.collectives)
 
     def to_json(self) -> dict[str, Any]:
         """The fields and the peak, as JSON has them."""
@@ -85,6 +93,10 @@ class Measurement:
             lines.append(f"  does not fit: {more} more than the {memory} of the device")
         if self.host_bytes:
             lines.append(f"  pinned host memory {one_unit([self.host_bytes])[0]}")
+        if self.collectives:
+            total = one_unit([self.sent_bytes])[0]
+            kinds = ", ".join(f"{c.number} {c.kind} ({one_unit([c.sent_bytes])[0]})" for c in self.collectives)
+            lines.append(f"  each device sends {total}: {kinds}")
         lines.append(f"  compiled in {self.compile_seconds:.1f} s to {self.hlo_instructions} instructions")
         if self.seconds is not None:
             lines.append(f"  {self.seconds:.4g} s per call (median)")
@@ -149,7 +161,7 @@ def measure(
     compile_seconds = clock.perf_counter() - start
     if target is None:
         where = _place_of_compiled(compiled, where)
-    sizes = compiled.memory_analysis()
+    sizes, text = compiled.memory_analysis(), compiled.as_text() or ""
     if sizes is None:
         raise ValueError(f"the compiler for {where.devices[0].device_kind} does not say what memory its programs need")
     found = Measurement(
@@ -164,8 +176,9 @@ def measure(
         + sizes.host_output_size_in_bytes
         - sizes.host_alias_size_in_bytes,
         compile_seconds=compile_seconds,
-        hlo_instructions=len(re.findall(r"^\s+(?:ROOT )?%?[\w.-]+ = ", compiled.as_text() or "", re.MULTILINE)),
+        hlo_instructions=len(re.findall(r"^\s+(?:ROOT )?%?[\w.-]+ = ", text, re.MULTILINE)),
         memory_bytes=where.memory_bytes,
+        collectives=collectives(text, where.count) if where.count > 1 else (),
     )
     if not time or found.excess_bytes or not where.is_present:
         return found

@@ -133,14 +133,14 @@ def test_rates_are_measured_for_batches_too(capsys, folder, monkeypatch):
 
 def test_a_batch_of_our_transformer(capsys, monkeypatch):
     small = functools.partial(TransformerBlock, d_model=8, num_heads=2, d_ff=16)
-    monkeypatch.setitem(_stacks.MODELS, "transformer", lambda tokens, batch=2: (small, [(batch, tokens, 8)]))
+    monkeypatch.setitem(_stacks.MODELS, "transformer", _stacks.Model(small, lambda tokens: [(tokens, 8)], 2))
     code, out, _ = run(capsys, "--blocks", "2", "--tokens", "8", "--budget", "8MiB", "--batch", "2", "4", "--json")
     assert code == 0 and json.loads(out)["largest"] == 4
 
 
 def test_a_model_that_is_run(capsys, monkeypatch):
     small = functools.partial(TransformerBlock, d_model=8, num_heads=2, d_ff=16)
-    monkeypatch.setitem(_stacks.MODELS, "transformer", lambda tokens: (small, [(2, tokens, 8)]))
+    monkeypatch.setitem(_stacks.MODELS, "transformer", _stacks.Model(small, lambda tokens: [(tokens, 8)], 2))
     code, out, _ = run(capsys, "--blocks", "2", "--tokens", "8", "--budget", "1MiB", "--time", "--json")
     told = json.loads(out)
     assert code == 0 and told["chosen"]["measured_seconds"] > 0

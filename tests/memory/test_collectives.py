@@ -1,0 +1,82 @@
+"""What devices send, read off compiled programs."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxckpt import checkpoint_scan, measure, targets
+from jaxckpt.memory.collectives import Collective, collectives
+
+# Two loops, a branch, operations in two parts, tuples; as XLA prints it for GPUs, without fields that nobody reads.
+TEXT = """
+HloModule jit_step
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%async (x: bf16[128,64]) -> bf16[32,64] {
+  ROOT %scatter = bf16[32,64]{1,0} reduce-scatter(%x), replica_groups=[2,4]<=[8], dimensions={0}, to_apply=%add
+}
+
+%inner (p: (s32[], bf16[128,64])) -> (s32[], bf16[128,64]) {
+  %g = ((bf16[32,64]{1,0:T(8)}, f32[2]), (bf16[128,64]{1,0}, f32[8])) all-gather-start(%a), replica_groups=[2,4]<=[4,2]T(1,0)
+  %d = (bf16[128,64]{1,0}, f32[8]{0}) all-gather-done(%g)
+  %s = ((bf16[128,64]), bf16[32,64], s32[]) async-start(%d), calls=%async
+}
+
+%outer (p: (s32[], bf16[128,64])) -> (s32[], bf16[128,64]) {
+  %while.1 = (s32[], bf16[128,64]) while(%p), condition=%c, body=%inner, backend_config={"known_trip_count":{"n":"3"}}
+  %both = (f32[16]{0}, f32[16]{0}) all-reduce(%x, %y), replica_groups={{0,1},{2,3}}, to_apply=%add
+}
+
+%small (p: f32[64]) -> f32[64] {
+  ROOT %r = ((f32[64]), f32[64]) all-reduce-start(%p), replica_groups={}, to_apply=%add
+}
+
+%large (p: f32[64]) -> f32[64] {
+  %s = (f32[512]{0}, f32[512]{0}, u32[], u32[]) collective-permute-start(%p), source_target_pairs={{0,1},{1,0}}
+}
+
+ENTRY %main (p: f32[64]) -> f32[64] {
+  %while.2 = (s32[], bf16[128,64]) while(%p), condition=%c, body=%outer, backend_config={"known_trip_count":{"n":"5"}}
+  %branch = f32[64] conditional(%i, %p, %p), branch_computations={%small, %large}
+  %old = f32[64]{0} all-reduce-start(%q), replica_groups={}, to_apply=%add
+  %unknown = (s32[]) while(%p), condition=%c, body=%small
+}
+"""
+
+
+def test_a_program_with_all_of_them():
+    whole = 128 * 64 * 2
+    assert collectives(TEXT, 8) == (
+        Collective("all-gather", 15, round(15 * 3 / 4 * (whole + 32))),
+        Collective("reduce-scatter", 15, round(15 * 3 / 4 * whole)),
+        Collective("collective-permute", 1, 2048),
+        Collective("all-reduce", 5 + 2, round(5 * 2 * 1 / 2 * 128 + 2 * 2 * 7 / 8 * 256)),
+    )
+
+
+def test_nothing_is_sent():
+    assert collectives("ENTRY %main (p: f32[64]) -> f32[64] {\n  ROOT %r = f32[64] add(%p, %p)\n}", 1) == ()
+
+
+@pytest.mark.parametrize("engine", ["scan", "reversal"])
+def test_a_stack_whose_parameters_are_split(h200, engine):
+    """Each block's are gathered twice, and its gradients scattered."""
+    mesh = targets.get("h200:8").mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    where = NamedSharding(mesh, P(None, "data"))
+    stack = checkpoint_scan(lambda w, x: x + jnp.sin(x @ w), engine=engine)
+    w = jax.ShapeDtypeStruct((6, 256, 256), "float32", sharding=where)
+    x = jax.ShapeDtypeStruct((1024, 256), "float32", sharding=NamedSharding(mesh, P("data")))
+    step = jax.jit(jax.grad(lambda w, x: (stack(w, x) ** 2).sum()), out_shardings=where)
+    found = measure(step, w, x, target="h200:8")
+    sent = round(7 / 8 * 256 * 256 * 4)
+    assert {c.kind: (c.number, c.sent_bytes) for c in found.collectives} == {
+        "all-gather": (12, 12 * sent),
+        "reduce-scatter": (6, 6 * sent),
+    }
+    assert found.sent_bytes == 18 * sent and "each device sends 3.9 MiB: 12 all-gather (2.6 MiB), 6 reduce" in str(found)
+    assert found.to_json()["collectives"][0] == {"kind": "all-gather", "number": 12, "sent_bytes": 12 * sent}
