@@ -1,0 +1,159 @@
+"""What does a training step hold on each of eight GPUs, and what do they send, under each setting and each way to split it?
+
+Compiles the loss of a stack and its gradients by the stacked parameters for eight GPUs that need not be in the machine.
+Data: the batch is split. FSDP: the parameters too. Tensor: heads and hidden channels. What `flax`'s `nn.scan(nn.remat)`
+sends, written by hand, stands beside. Collectives are read off the compiled program, see `jaxckpt/memory/collectives.py`. No
+number is of a run on a GPU.
+
+    JAX_PLATFORMS=cpu python benchmarks/on_meshes.py --workloads transformer pairformer --minutes 60
+"""
+
+import argparse
+import functools
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from _results import RESULTS, load, save, write_section
+from _systems import Stack, System, loss_and_gradients, systems
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from jaxckpt import measure, targets
+from jaxckpt.cli._meshes import of_parameter
+from jaxckpt.memory.collectives import KINDS
+from jaxckpt.models import PairformerBlock, TransformerBlock
+
+# By name: the axes of the mesh, and whether parameters are split over the batch's.
+MESHES = {
+    "data 8": ({"data": 8}, False),
+    "FSDP 8": ({"data": 8}, True),
+    "tensor 8": ({"tensor": 8}, False),
+    "FSDP 4 x tensor 2": ({"data": 4, "tensor": 2}, True),
+}
+OF_WORKLOAD = {"transformer": list(MESHES), "pairformer": ["data 8", "FSDP 8"]}
+SYSTEMS = {
+    "flax nn.scan(nn.remat)": ["nothing", "dots", "everything"],
+    "jaxckpt": [
+        *(f"blocks_per_ckpt=None, {policy}" for policy in ("nothing", "dots", "everything", "cheap")),
+        'blocks_per_ckpt=None, nothing, engine="reversal"',
+        'blocks_per_ckpt=None, dots, engine="reversal"',
+        "blocks_per_ckpt=4, nothing",
+        "snapshots=5",
+        'stages="auto", nothing',
+        'stages="auto", nothing, engine="reversal"',
+        'tiles="auto", nothing',
+        'snapshots=5, tiles="auto"',
+        'offload_carry, engine="reversal"',
+    ],
+}
+KEYS = ("workload", "mesh", "system", "setting", "target", "jax")
+GIB = 2**30
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workloads", nargs="+", choices=OF_WORKLOAD, default=["transformer"])
+    parser.add_argument("--meshes", nargs="+", choices=MESHES, help="by default all of a workload's")
+    parser.add_argument("--systems", nargs="+", default=[""], help="only those whose name or setting contains one of these")
+    parser.add_argument("--target", default="h200:8")
+    parser.add_argument("--again", action="store_true", help="also what was compiled with this version of JAX before")
+    parser.add_argument("--minutes", type=float, default=6, help="start nothing after them")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    path = options.out / "on_meshes.json"
+    rows = {tuple(row[key] for key in KEYS): row for row in load(path, "rows")}
+    jobs = [
+        (workload, mesh, system)
+        for workload in options.workloads
+        for mesh in OF_WORKLOAD[workload]
+        for system in systems(stacks()[workload])
+        if mesh in (options.meshes or MESHES)
+        and system.setting in SYSTEMS.get(system.name, ())
+        and any(part in f"{system.name} {system.setting}" for part in options.systems)
+    ]
+    key_of = lambda workload, mesh, system: (workload, mesh, *system[:2], options.target, jax.__version__)  # noqa: E731
+    wanted = [job for job in jobs if options.again or key_of(*job) not in rows]
+    begin = time.monotonic()
+    for job in (bar := tqdm(wanted, unit="row", dynamic_ncols=True)):
+        if time.monotonic() > begin + 60 * options.minutes:
+            bar.write(f"the time is over: call again for the other {len(wanted) - bar.n} rows")
+            break
+        key = key_of(*job)
+        bar.set_description(" ".join(key[:4]))
+        rows[key] = {**dict(zip(KEYS, key, strict=True)), **row_of(*job, target=options.target)}
+        save(path, "rows", [rows[key] for key in sorted(rows)])
+    write_section("on_meshes", "\n\n".join([INTRODUCTION, *tables(list(rows.values()))]), options.out)
+    asked = {key_of(*job) for job in jobs}
+    print("\n\n".join(tables([row for key, row in rows.items() if key in asked])))
+
+
+def stacks() -> dict[str, Stack]:
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    block = TransformerBlock(2048, num_heads=16, d_ff=8192, dtype=jnp.bfloat16)
+    pairs = PairformerBlock(dtype=jnp.bfloat16)
+    of_pairs = shape((8, 512, 384)), shape((8, 512, 512, 128))
+    return {
+        "transformer": Stack("24 blocks of a transformer, 16 x 2,048 x 2,048", block, 24, 4, (shape((16, 2048, 2048)),)),
+        "pairformer": Stack("48 Pairformer blocks, 8 x 512 tokens", pairs, 48, 6, of_pairs),
+    }
+
+
+def row_of(workload: str, mesh: str, system: System, target: str) -> dict[str, Any]:
+    stack, (axes, fsdp) = stacks()[workload], MESHES[mesh]
+    on = targets.get(target).mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
+
+    def split(leaf: Any, spec: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(on, spec))
+
+    params, carry, shared = stack.arguments()
+    params = jax.tree_util.tree_map_with_path(lambda path, leaf: split(leaf, of_parameter(path, leaf, axes, fsdp)), params)
+    carry = tuple(split(leaf, PartitionSpec("data" if "data" in axes else None)) for leaf in carry)
+    out = None, jax.tree.map(lambda leaf: leaf.sharding, params)
+    step = jax.jit(functools.partial(loss_and_gradients, system.build(stack)), out_shardings=out)
+    try:
+        found = measure(step, params, carry, shared, target=target).to_json()
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+    fields = ("device", "peak_bytes", "temp_bytes", "host_bytes", "collectives", "compile_seconds")
+    return {field: found[field] for field in fields}
+
+
+INTRODUCTION = """## Eight GPUs: bytes on each, and what they send
+
+`on_meshes.py` compiles the loss and the parameters' gradients for eight GPUs that are only described; nothing was run. Bytes
+are of one device. Collectives are those of one step, loops multiplied by how often they run: their number, and in brackets
+the GiB that each device sends for them, in a ring. Parameters are float32, products bfloat16. FSDP: parameters are split
+over the devices that split the batch. Tensor: heads and hidden channels are split."""
+
+
+def tables(rows: list[dict[str, Any]]) -> list[str]:
+    """One for each workload, mesh and version of JAX, rows sorted by temporaries."""
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: (-list(OF_WORKLOAD).index(row["workload"]), *(row[k] for k in ("mesh", "jax")))):
+        groups.setdefault((row["workload"], row["mesh"], row["target"], row["jax"]), []).append(row)
+    return [table(*group, rows) for group, rows in groups.items()]
+
+
+def table(workload: str, mesh: str, target: str, jax_version: str, rows: list[dict[str, Any]]) -> str:
+    lines = [f"### {stacks()[workload].title}; {mesh}; compiled for {target} with JAX {jax_version}", ""]
+    kinds = [kind for kind in KINDS if any(c["kind"] == kind for row in rows for c in row.get("collectives", ()))]
+    titles = ["system", "setting", "temp GiB", "peak GiB", *kinds, "sent GiB"]
+    lines += [f"| {' | '.join(titles)} |", f"|---|---|{'--:|' * (len(titles) - 2)}"]
+    for row in sorted(rows, key=lambda row: (row.get("temp_bytes", float("inf")), row["system"], row["setting"])):
+        cells = (
+            [row["error"].replace("|", "/")]
+            if "error" in row
+            else [f"{row[k] / GIB:.2f}" for k in ("temp_bytes", "peak_bytes")]
+        )
+        of_kind = {c["kind"]: c for c in row.get("collectives", ())}
+        cells += [f"{c['number']} ({c['sent_bytes'] / GIB:.2f})" if (c := of_kind.get(kind)) else "" for kind in kinds]
+        cells.append(f"{sum(c['sent_bytes'] for c in of_kind.values()) / GIB:.2f}")
+        lines.append(f"| {' | '.join([row['system'], row['setting'], *cells])} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
