@@ -9,6 +9,7 @@ number is of a run on a GPU.
 """
 
 import argparse
+import dataclasses
 import functools
 import time
 from pathlib import Path
@@ -90,14 +91,27 @@ def main() -> None:
     print("\n\n".join(tables([row for key, row in rows.items() if key in asked])))
 
 
-def stacks() -> dict[str, Stack]:
+@dataclasses.dataclass(frozen=True)
+class StackOnMesh(Stack):
+    """Blocks that say how what they return is split, as blocks for several devices do."""
+
+    sharding: Any = None
+
+    def apply(self, params: Any, *carry: Any, **shared: Any) -> Any:
+        out = super().apply(params, *carry, **shared)
+        return out if self.sharding is None else jax.lax.with_sharding_constraint(out, self.sharding)
+
+
+def stacks() -> dict[str, StackOnMesh]:
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     block = TransformerBlock(2048, num_heads=16, d_ff=8192, dtype=jnp.bfloat16)
     pairs = PairformerBlock(dtype=jnp.bfloat16)
     of_pairs = shape((8, 512, 384)), shape((8, 512, 512, 128))
     return {
-        "transformer": Stack("24 blocks of a transformer, 16 x 2,048 x 2,048", block, 24, 4, (shape((16, 2048, 2048)),)),
-        "pairformer": Stack("48 Pairformer blocks, 8 x 512 tokens", pairs, 48, 6, of_pairs),
+        "transformer": StackOnMesh(
+            "24 blocks of a transformer, 16 x 2,048 x 2,048", block, 24, 4, (shape((16, 2048, 2048)),)
+        ),
+        "pairformer": StackOnMesh("48 Pairformer blocks, 8 x 512 tokens", pairs, 48, 6, of_pairs),
     }
 
 
@@ -108,9 +122,11 @@ def row_of(workload: str, mesh: str, system: System, target: str) -> dict[str, A
     def split(leaf: Any, spec: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(on, spec))
 
+    of_batch = PartitionSpec("data" if "data" in axes else None)
+    stack = dataclasses.replace(stack, sharding=NamedSharding(on, of_batch))
     params, carry, shared = stack.arguments()
     params = jax.tree_util.tree_map_with_path(lambda path, leaf: split(leaf, of_parameter(path, leaf, axes, fsdp)), params)
-    carry = tuple(split(leaf, PartitionSpec("data" if "data" in axes else None)) for leaf in carry)
+    carry = tuple(split(leaf, of_batch) for leaf in carry)
     out = None, jax.tree.map(lambda leaf: leaf.sharding, params)
     step = jax.jit(functools.partial(loss_and_gradients, system.build(stack)), out_shardings=out)
     try:
@@ -126,7 +142,8 @@ INTRODUCTION = """## Eight GPUs: bytes on each, and what they send
 `on_meshes.py` compiles the loss and the parameters' gradients for eight GPUs that are only described; nothing was run. Bytes
 are of one device. Collectives are those of one step, loops multiplied by how often they run: their number, and in brackets
 the GiB that each device sends for them, in a ring. Parameters are float32, products bfloat16. FSDP: parameters are split
-over the devices that split the batch. Tensor: heads and hidden channels are split."""
+over the devices that split the batch. Tensor: heads and hidden channels are split. Blocks say how the batch of what they
+return is split, by `with_sharding_constraint`."""
 
 
 def tables(rows: list[dict[str, Any]]) -> list[str]:

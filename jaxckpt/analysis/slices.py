@@ -111,7 +111,8 @@ def _rule(eqn: Any, wanted: Wanted, orders: int) -> Rule | None:
 def _is_split(eqn: Any) -> bool:
     """Whether an explicit mesh splits an input or output, or a parameter says where the output is."""
     placed = [getattr(var.aval, "sharding", None) for var in [*eqn.invars, *eqn.outvars]]
-    placed += [eqn.params.get("sharding"), eqn.params.get("out_sharding")]
+    if eqn.primitive.name != "sharding_constraint":
+        placed += [eqn.params.get("sharding"), eqn.params.get("out_sharding")]
     specs = [getattr(sharding, "spec", ["unknown"]) for sharding in placed if sharding is not None]
     return any(any(part is not None for part in spec) or getattr(spec, "unreduced", None) for spec in specs)
 

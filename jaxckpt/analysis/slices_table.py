@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxckpt.analysis import tagging
 
@@ -218,6 +220,35 @@ def _scatter(eqn: Any, axis: int) -> Axes | None:
     return (axis, None, window) if updates[window] == operand[axis] else None
 
 
+def _sharding_constraint(eqn: Any, axis: int) -> Axes | None:
+    """Of a mesh whose axes are the compiler's; those that are types are no business of a slice's."""
+    sharding = eqn.params["sharding"]
+    is_auto = isinstance(sharding, NamedSharding) and set(sharding.mesh.axis_types) == {AxisType.Auto}
+    return (axis,) if is_auto and eqn.params["layout"] is None else None
+
+
+def _sharding_constraint_params(eqn: Any, axis: int, size: int) -> dict[str, Any]:
+    """A sliced axis that was to be split is left to the compiler: who has which entries of a slice it knows."""
+    sharding = eqn.params["sharding"]
+    if not sharding_axes(eqn, axis):
+        return {}
+    spec = [P.UNCONSTRAINED if i == axis else names for i, names in enumerate(_padded(sharding.spec, eqn))]
+    free = NamedSharding(sharding.mesh, P(*spec), memory_kind=sharding.memory_kind)
+    return {"sharding": free, "unconstrained_dims": frozenset([*eqn.params["unconstrained_dims"], axis])}
+
+
+def sharding_axes(eqn: Any, axis: int) -> tuple[str, ...] | None:
+    """The mesh axes along which a `with_sharding_constraint` splits an axis; None where it leaves that open."""
+    names = _padded(eqn.params["sharding"].spec, eqn)[axis]
+    if names is P.UNCONSTRAINED:
+        return None
+    return () if names is None else (names,) if isinstance(names, str) else tuple(names)
+
+
+def _padded(spec: Any, eqn: Any) -> list[Any]:
+    return [*spec, *[None] * (len(_shape(eqn.outvars[0])) - len(spec))]
+
+
 ELEMENTWISE = frozenset(
     """abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp clz complex conj
     convert_element_type copy cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt igamma
@@ -249,6 +280,7 @@ _TABLE: dict[str, Row] = {
     "pad": Row(_pad),
     "reshape": Row(_reshape, _resizes("new_sizes")),
     "rev": Row(_beside("dimensions")),
+    "sharding_constraint": Row(_sharding_constraint, _sharding_constraint_params),
     "slice": Row(_slice, _resizes("limit_indices")),
     "sort": Row(_beside("dimension")),
     "split": Row(_beside("axis")),

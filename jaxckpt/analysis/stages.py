@@ -6,7 +6,7 @@ equations of the block's inlined jaxpr; `jaxckpt.analysis.cuts` finds good ones.
 """
 
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxckpt.analysis import jaxpr as jx
@@ -22,6 +22,8 @@ class Piece(NamedTuple):
         last: the equations whose values are the last that autodiff wants: it wants others only on the way to them.
         tiles: how it is computed in slices, if it is.
         obstacles: the equations that cannot be, although slices were asked of them.
+        groups: where the block is written for groups of examples, their axis by equation and number of its output; not of
+            what comes of parameters alone. See `jaxckpt.analysis.groups`.
     """
 
     begin: int
@@ -30,6 +32,7 @@ class Piece(NamedTuple):
     last: list[int]
     tiles: Tiles | None = None
     obstacles: tuple[int, ...] = ()
+    groups: Mapping[tuple[int, int], int] | None = None
 
 
 def pieces_between(

@@ -13,7 +13,7 @@ again): the gradient that the slices sum is then one of the value before, in its
 import functools
 import itertools
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -77,10 +77,17 @@ class Tilings:
     Arguments:
         wanted: for each equation the bytes that autodiff wants of it, see `numbering.residual_bytes`.
         stays_whole: equations that are not computed in slices although they could be, by number.
+        groups: the axis of groups of examples of each variable that has one: slices would cut across devices there.
     """
 
-    def __init__(self, jaxpr: Any, wanted: Sequence[int], stays_whole: Collection[int] = frozenset()):
-        self.jaxpr, self.wanted, self.stays_whole = jaxpr, wanted, stays_whole
+    def __init__(
+        self,
+        jaxpr: Any,
+        wanted: Sequence[int],
+        stays_whole: Collection[int] = frozenset(),
+        groups: Mapping[Any, int] | None = None,
+    ):
+        self.jaxpr, self.wanted, self.stays_whole, self.groups = jaxpr, wanted, stays_whole, groups or {}
         self.rule = functools.cache(self._rule)
         self.of = functools.cache(self._of)
         self.small = sum(wanted) * _SMALL_PIECE
@@ -121,7 +128,8 @@ class Tilings:
         large = [var for var in out if jx.nbytes(var.aval) > largest * _SMALL]
         if len(large) > _MOST_SLICED:
             return
-        choices = [(*range(len(var.aval.shape)), None) if var in large else (None,) for var in out]
+        axes_of = lambda var: [i for i in range(len(var.aval.shape)) if i != self.groups.get(var)]  # noqa: E731
+        choices = [(*axes_of(var), None) if var in large else (None,) for var in out]
         for axes in itertools.product(*choices):
             sizes = {var.aval.shape[axis] for var, axis in zip(out, axes, strict=True) if axis is not None}
             if len(sizes) == 1 and (size := sizes.pop()) > 1:

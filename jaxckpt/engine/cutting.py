@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxckpt._recent import Recent
@@ -12,6 +12,7 @@ from jaxckpt.analysis import flow, inlining, numbering, sources
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis.cost import REFERENCE
 from jaxckpt.analysis.cuts import SLACK, Block, find_cuts
+from jaxckpt.analysis.groups import axes_of_groups, in_groups
 from jaxckpt.analysis.slices_cost import slicing_seconds
 from jaxckpt.analysis.stages import Piece, cuts_at_tags, pieces_between
 from jaxckpt.analysis.tiles import Tiler, Tiles, Tilings
@@ -28,13 +29,19 @@ _PASSES = 4  # of a block in a step: twice forward, and backward, which takes as
 
 
 def cut(
-    setting: Setting, closed: Any, carried: Sequence[int], names: check.Names, keep: JaxPolicy = nothing
+    setting: Setting,
+    closed: Any,
+    carried: Sequence[int],
+    names: check.Names,
+    keep: JaxPolicy = nothing,
+    is_batched: bool = False,
 ) -> tuple[Any, list[Piece]]:
     """The block's jaxpr, inlined where it is cut, and the pieces.
 
     Arguments:
         carried: its inputs that are the carry.
         keep: what it offloads is not computed in slices: XLA compiles no offload in a loop within the stack's for a GPU.
+        is_batched: it runs under `vmap`, where axis 0 of its carry is not the batch's.
     """
     stages, tiles = setting.stages or ("auto" if setting.tiles else None), setting.tiles
     if stages is None:
@@ -45,8 +52,10 @@ def cut(
             f"{names.block} has side effects ({', '.join(found)}), and {knob} {verb} only blocks without: take prints, "
             f"callbacks and checks out of it, or leave {knob} away"
         )
+    whole, groups = (closed, 1) if is_batched or not carried else in_groups(closed, carried)
     try:
-        flat, pieces = pieces_of(closed, carried, stages, tiles, keep if setting.policy.may_offload else nothing)
+        keep = keep if setting.policy.may_offload else nothing
+        flat, pieces = pieces_of(whole, carried, stages, tiles, keep, groups=groups)
     except ValueError as error:
         raise ValueError(f"{names.block}: {error}") from None
     is_whole = len(pieces) == 1 and pieces[0].tiles is None
@@ -76,24 +85,44 @@ def pieces_of(
     tiles: Most,
     keep: JaxPolicy = nothing,
     tilings: Recent[Tilings] | None = None,
+    groups: int = 1,
 ) -> tuple[Any, list[Piece]]:
     """The jaxpr of a block without side effects, inlined, and the pieces that it is cut into; arguments as of `cut`.
 
     Arguments:
         tilings: to share among calls for one block: ways to slice it are the same for all numbers of slices.
+        groups: for how many groups of examples it is written, if it is.
     """
     flat = inlining.inlined(closed, checkpoints=True)
     flat = inlining.results_last(inlining.merged(flat)) if tiles else flat
     asked = enumerate(flat.jaxpr.eqns) if tiles and keep is not nothing else ()
     whole = frozenset(i for i, eqn in asked if is_offloaded(eqn, keep))
-    return flat, _pieces(flat, tuple(carried), stages, tiles, whole, tilings or Recent(1))
+    axes = axes_of_groups(flat.jaxpr, groups) if groups > 1 else {}
+    pieces = _pieces(flat, tuple(carried), stages, tiles, whole, tilings or Recent(1), axes)
+    if not axes:
+        return flat, pieces
+    of_carry = flow.dependent(flat.jaxpr, carried)
+    of_examples = {var: axis for var, axis in axes.items() if var in of_carry}
+    return flat, [_with_groups(flat.jaxpr, piece, of_examples) for piece in pieces]
+
+
+def _with_groups(jaxpr: Any, piece: Piece, axes: Mapping[Any, int]) -> Piece:
+    equations = enumerate(jaxpr.eqns[piece.begin : piece.end], piece.begin)
+    own = {(i, k): axes[var] for i, eqn in equations for k, var in enumerate(eqn.outvars) if var in axes}
+    return piece._replace(groups=own)
 
 
 _recent: Recent[list[Piece]] = Recent()
 
 
 def _pieces(
-    flat: Any, carried: tuple[int, ...], stages: Stages, tiles: Most, whole: frozenset[int], shared: Recent[Tilings]
+    flat: Any,
+    carried: tuple[int, ...],
+    stages: Stages,
+    tiles: Most,
+    whole: frozenset[int],
+    shared: Recent[Tilings],
+    groups: Mapping[Any, int],
 ) -> list[Piece]:
     """The pieces of a block; equal blocks are looked at once, since a search for slices takes seconds."""
     # A custom_jvp is sliced by its rule too, of which the text says nothing.
@@ -103,10 +132,11 @@ def _pieces(
     def found() -> list[Piece]:
         if not tiles:
             return _found(flat, carried, stages, None)
-        tilings = shared.of((program, whole), lambda: Tilings(flat.jaxpr, numbering.residual_bytes(flat), whole))
+        wanted = numbering.residual_bytes
+        tilings = shared.of((program, whole), lambda: Tilings(flat.jaxpr, wanted(flat), whole, groups))
         return _found(flat, carried, stages, Tiler(tilings, None if tiles == "auto" else tiles))
 
-    return _recent.of((program, carried, stages, tiles, whole), found)
+    return _recent.of((program, carried, stages, tiles, whole, bool(groups)), found)
 
 
 def _found(flat: Any, carried: tuple[int, ...], stages: Stages, tiler: Tiler | None) -> list[Piece]:

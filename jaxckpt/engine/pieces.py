@@ -12,7 +12,7 @@ two results of one equation: 24 blocks of a transformer that keep 2 GiB each kep
 
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -111,10 +111,11 @@ def _whole(jaxpr: Any, piece: Piece, used: list[Any], out: list[Any], keep: JaxP
     numbers = range(piece.begin, piece.end)
     awaited = _awaited(jaxpr, piece.last)
     fn = _part(jaxpr, numbers, used, [*out, *awaited], scope)
+    waiting = _waiting(jaxpr, piece, out, awaited)
 
     def run(*inputs: Any) -> list[Any]:
         values = fn(*inputs)
-        return _waiting(values[: len(out)], values[len(out) :])
+        return waiting(values[: len(out)], values[len(out) :])
 
     return run
 
@@ -130,12 +131,13 @@ def _sliced(jaxpr: Any, piece: Piece, used: list[Any], out: list[Any], keep: Jax
     first = _part(jaxpr, tiling.before, used, [*whole, *awaited], scope)
     loop = in_slices(jaxpr, out, piece.tiles, keep, scope)
     of_loop = [var for var, axis in zip(out, tiling.axes, strict=True) if axis is not None]
+    waiting = _waiting(jaxpr, piece, out, awaited)
 
     def run(*inputs: Any) -> list[Any]:
         values = first(*inputs)
         known = dict(zip(used, inputs, strict=True)) | dict(zip(whole, values, strict=False))
         made = dict(zip(of_loop, loop(*(known[var] for var in given)), strict=True)) | known
-        return _waiting([made[var] for var in out], values[len(whole) :])
+        return waiting([made[var] for var in out], values[len(whole) :])
 
     return run
 
@@ -151,34 +153,54 @@ def _awaited(jaxpr: Any, last: Sequence[int]) -> list[Any]:
     return [var for var in values if jnp.issubdtype(var.aval.dtype, jnp.inexact) and var.aval.size]
 
 
-@jax.custom_jvp
-def _waiting(values: list[Any], awaited: list[Any]) -> list[Any]:
-    return values
+def _waiting(jaxpr: Any, piece: Piece, out: Sequence[Any], awaited: Sequence[Any]) -> Callable[..., list[Any]]:
+    """A function of the values of `out` and `awaited` that returns the first; their tangents wait for the others.
+
+    Of groups of examples each waits for its own values, and no device for another.
+    """
+    equations = enumerate(jaxpr.eqns[piece.begin : piece.end], piece.begin)
+    axes = {var: (piece.groups or {}).get((i, k)) for i, eqn in equations for k, var in enumerate(eqn.outvars)}
+    of_out, of_awaited = [axes[var] for var in out], [axes[var] for var in awaited]
+
+    @jax.custom_jvp
+    def run(values: list[Any], awaited: list[Any]) -> list[Any]:
+        return values
+
+    @run.defjvp
+    def _(primals, tangents):
+        values, awaited = primals
+
+        # Under `shard_map` a tangent that is equal along an axis stays so: it does not wait for what differs there.
+        @functools.cache
+        def is_there(axes: frozenset[str], has_groups: bool) -> jax.Array:
+            bits = [
+                _some_bits(value, axis if has_groups else None)
+                for value, axis in zip(awaited, of_awaited, strict=True)
+                if jx.varying(jax.typeof(value)) <= axes and (axis is not None or not has_groups)
+            ]
+            return functools.reduce(operator.or_, bits, jnp.uint32(1)) != 0  # always, and XLA cannot know
+
+        def waiting(tangent: Any, axis: int | None) -> Any:
+            if not awaited or tangent.dtype == jax.dtypes.float0 or (piece.groups is not None and axis is None):
+                return tangent
+            there = is_there(jx.varying(jax.typeof(tangent)), axis is not None)
+            if axis is not None and there.ndim:
+                there = lax.broadcast_in_dim(there, tangent.shape, [axis])
+            return jnp.where(there, tangent, 0)
+
+        return values, list(map(waiting, tangents[0], of_out))
+
+    return run
 
 
-@_waiting.defjvp
-def _(primals, tangents):
-    values, awaited = primals
+def _some_bits(value: Any, groups: int | None = None) -> jax.Array:
+    """The bits of a number that cannot be had before `value`, or of one for each entry of its axis of groups.
 
-    # Under `shard_map` a tangent that is equal along an axis stays so: it does not wait for what differs there.
-    @functools.cache
-    def is_there(axes: frozenset[str]) -> jax.Array:
-        bits = [_some_bits(value) for value in awaited if jx.varying(jax.typeof(value)) <= axes]
-        return functools.reduce(operator.or_, bits, jnp.uint32(1)) != 0  # always, and XLA cannot know
-
-    def waiting(tangent: Any) -> Any:
-        if not awaited or tangent.dtype == jax.dtypes.float0:
-            return tangent
-        return jnp.where(is_there(jx.varying(jax.typeof(tangent))), tangent, 0)
-
-    return values, list(map(waiting, tangents[0]))
-
-
-def _some_bits(value: Any) -> jax.Array:
-    """The bits of a number that cannot be had before `value`: its first, or the largest along axes split over devices."""
+    Its first, or the largest along axes that are split over devices and said to be.
+    """
     spec = jax.typeof(value).sharding.spec
     for axis in reversed(range(value.ndim)):
-        if spec[axis] is None:
+        if axis != groups and spec[axis] is None:
             value = lax.index_in_dim(value, 0, axis, keepdims=False)
-    number = jnp.max(jnp.real(value)).astype(jnp.float32)
+    number = jnp.real(value if groups is not None else jnp.max(value)).astype(jnp.float32)
     return lax.bitcast_convert_type(number, jnp.uint32)

@@ -59,7 +59,8 @@ class Run:
         """This run under other knobs, `offload:` aside; for one with default knobs, whose `closed` is the block's own."""
         closed, keep, chosen = resolve(setting, self.closed, self.names, self.parameters)
         slices, carried = len(self.leaves[0]), len(self.leaves[1])
-        closed, pieces = cut(setting, closed, range(slices, slices + carried), self.names, keep)
+        where = range(slices, slices + carried)
+        closed, pieces = cut(setting, closed, where, self.names, keep, any(map(jx.is_batched, self.leaves[1])))
         return dataclasses.replace(self, setting=setting, closed=closed, pieces=pieces, keep=keep, chosen=chosen)
 
     def execute(
@@ -139,7 +140,7 @@ def resolved(
     slices, sources = len(traced.x_leaves), flow.forwarded(closed.jaxpr)
     of_carry, of_rest = sources[: len(traced.carry)], dict(enumerate(sources[len(traced.carry) :], len(traced.carry)))
     own = {i: source for i, source in of_rest.items() if source is not None and source < slices}
-    closed, pieces = cut(setting, closed, traced.carried, names, keep)
+    closed, pieces = cut(setting, closed, traced.carried, names, keep, any(map(jx.is_batched, traced.carry)))
     run = Run(
         setting=setting,
         length=length,

@@ -9,9 +9,11 @@ import pytest
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive, primitives
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxckpt.analysis.slices import rule, run
-from jaxckpt.analysis.slices_table import ELEMENTWISE, KNOWN
+from jaxckpt.analysis.slices_table import ELEMENTWISE, KNOWN, sharding_axes
 from tests.analysis.slicing import assert_equal, check, check_types, equation, integers
 
 X = integers((4, 6, 10))
@@ -28,6 +30,11 @@ def convolution(**knobs):
 
 def scattering(fn):
     return lambda x, i, u: fn(x, i, u, AT)
+
+
+def constrained(*spec):
+    mesh = jax.make_mesh((1, 1), ("i", "j"), axis_types=(AxisType.Auto,) * 2)
+    return lambda x: lax.with_sharding_constraint(x, NamedSharding(mesh, P(*spec)))
 
 
 # A function, its arguments, and by axis of its output the axes of its inputs; None where it must be computed whole.
@@ -122,6 +129,9 @@ ROWS = {
     "bitcast_convert_type": (lambda x: lax.bitcast_convert_type(x, jnp.uint32), [X[0]], [(0,), (1,)]),
     "bitcast_convert_type, narrower": (lambda x: lax.bitcast_convert_type(x, jnp.uint16), [X[0]], [(0,), (1,), None]),
     "name": (lambda x: checkpoint_name(x, "a"), [X[0]], [(0,), (1,)]),
+    "sharding_constraint": (constrained("i"), [X], [(0,), (1,), (2,)]),
+    "sharding_constraint along two axes": (constrained(None, ("i", "j")), [X], [(0,), (1,), (2,)]),
+    "sharding_constraint that is open": (constrained(P.UNCONSTRAINED, "i"), [X], [(0,), (1,), (2,)]),
 }
 for name in "sum max min prod and or xor".split():
     x = X > 1 if name in ("and", "or") else X.astype(np.int32) if name == "xor" else X
@@ -146,6 +156,14 @@ def test_values_of_all_rows():
     found = [equation(fn, *args) for fn, args, _ in ROWS.values()]
     rules = [(eqn, rule(eqn, 0, axis), inputs) for eqn, inputs in found for axis in range(len(eqn.outvars[0].aval.shape))]
     assert_equal([row for row in rules if row[1] is not None])
+
+
+def test_what_a_constraint_splits_is_left_to_the_compiler_in_a_slice():
+    eqn, (x,) = equation(constrained("i", None, "j"), X)
+    of_slices = jax.make_jaxpr(lambda x: run(eqn, rule(eqn, 0, 0), [x], 2, 0, 2))(x[::2])
+    (found,) = [eqn.params for eqn in of_slices.eqns if eqn.primitive.name == "sharding_constraint"]
+    assert found["sharding"].spec == P(P.UNCONSTRAINED, None, "j") and found["unconstrained_dims"] == {0}
+    assert [sharding_axes(eqn, axis) for axis in range(3)] == [("i",), (), ("j",)]
 
 
 FLOATS, WHOLE, BITS = integers((4, 6), low=1) / 16, integers((4, 6), np.int32, low=1), integers((4, 6), bool)
