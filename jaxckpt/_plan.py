@@ -70,7 +70,8 @@ class StackPlan:
     Fields:
         block, length: the block's name and how many there are. carry: the types of its positional arguments; of what is no
             stack, of all arrays that it is given.
-        program: a hash of what one block computes.
+        program: a hash of what one block computes. mesh: the axes and sizes of the mesh that the carry lies on, as in
+            "data=8"; None where that is not known, and in a file of an older version.
     """
 
     block: str
@@ -79,8 +80,9 @@ class StackPlan:
     program: str
     jax_version: str
     knobs: Knobs
+    mesh: str | None = None
 
-    def refusal(self, **found: Any) -> ValueError | None:
+    def refusal(self, mesh: str | None, **found: Any) -> ValueError | None:
         """Why a stack is not the one that was planned, of `block`, `length`, `carry` and `program`; None where it is."""
         said = {"block": "its block is", "length": "its length is", "carry": "it is given"}
         other = [
@@ -88,6 +90,8 @@ class StackPlan:
             for name, words in said.items()
             if found[name] != getattr(self, name)
         ]
+        if mesh is not None and self.mesh not in (mesh, None):
+            other.append(f"it lies on the mesh {mesh}, and the plan is for {self.mesh}")
         if not other and found["program"] != self.program:
             other = ["it computes something else, though its name and types are the same (other flags, say)"]
         if not other:

@@ -1,10 +1,12 @@
 """`jaxckpt demo`: one small language model, trained under four settings, and what each of them costs.
 
 A byte-level transformer learns the source of Python's standard library. Every setting starts from the same parameters
-and sees the same batches, so losses and gradients must agree; only memory and time may differ.
+and sees the same batches, so losses and gradients must agree; only memory and time may differ. With `--devices` parameters
+and batch are split over several (FSDP), and one device alone is a setting beside.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -21,12 +23,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import jaxckpt
 from jaxckpt import plan
 from jaxckpt._progress import Progress
 from jaxckpt._table import aligned
 from jaxckpt.cli._errors import fail
+from jaxckpt.cli._meshes import of_parameter
 from jaxckpt.models import TransformerLM
 
 CHUNK = 3
@@ -80,6 +84,11 @@ def add_parser(commands: Any) -> None:
         help="blocks of the transformer (12)",
     )
     parser.add_argument("--budget", help="also plan for a peak of so much memory, such as 120MiB, and train under the plan")
+    parser.add_argument(
+        "--devices",
+        type=_at_least(2, "the demo trains on one without"),
+        help="split parameters and batch over so many (FSDP), simulated ones where there is no GPU",
+    )
     parser.add_argument("--json", action="store_true", help="print the results as JSON instead of a table")
     parser.set_defaults(run=run)
 
@@ -97,8 +106,11 @@ def run(options: argparse.Namespace, size: Size | None = None) -> int:
         print(f"jaxckpt demo: {error}", file=sys.stderr)
         return 1
     try:
-        results = train_all(draw_batches(text, options.steps, size), options.blocks, size, options.budget)
-    except ValueError as error:  # a budget that is none, or too small
+        mesh = None if options.devices is None else mesh_of(options.devices)
+        if mesh is not None:
+            size = size._replace(batch=-(-size.batch // mesh.size) * mesh.size)
+        results = train_all(draw_batches(text, options.steps, size), options.blocks, size, options.budget, mesh)
+    except ValueError as error:  # a budget that is none, or too small; devices that are not there
         return fail("demo", error)
     problems = find_problems(results)
     about = about_run(options, size, len(text))
@@ -129,8 +141,30 @@ def draw_batches(text: np.ndarray, steps: int, size: Size) -> np.ndarray:
     return text[starts + np.arange(size.length + 1)].astype(np.int32)
 
 
-def train_all(batches: np.ndarray, blocks: int, size: Size, budget: str | None = None) -> list[Result]:
+def mesh_of(count: int) -> Mesh:
+    """A mesh of so many devices: GPUs, or a CPU's, which are asked for before JAX starts.
+
+    Raises:
+        ValueError: there are not so many, and JAX has started.
+    """
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):  # it has
+            jax.config.update("jax_num_cpu_devices", count)
+    devices = jax.devices() if jax.device_count() >= count else jax.devices("cpu")
+    if len(devices) < count:
+        raise ValueError(
+            f"--devices {count}: there are {len(devices)}. For simulated ones on a CPU set the environment variable "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={count}"
+        )
+    return Mesh(np.array(devices[:count]), ("data",), axis_types=(AxisType.Auto,))
+
+
+def train_all(
+    batches: np.ndarray, blocks: int, size: Size, budget: str | None = None, mesh: Mesh | None = None
+) -> list[Result]:
     """Every setting on the same batches from the same start; with a budget, the one that is planned for it too.
+
+    Over a mesh if one is given, and then on one of its devices too.
 
     The settings take turns, step by step, so that whatever else the machine does meanwhile slows all of them alike.
     """
@@ -140,25 +174,30 @@ def train_all(batches: np.ndarray, blocks: int, size: Size, budget: str | None =
     # The parameters do not depend on the setting: any model can make them for all.
     make = functools.partial(TransformerLM, num_blocks=blocks, **width)
     params = jax.jit(make().init)(jax.random.key(0), batches[0, :1, :-1])["params"]
+    start = State(params, optimizer.init(params))
     if budget is not None:
-        state = State(params, optimizer.init(params))
+        state, tokens = placed(start, batches[0], mesh)
         with jax.default_matmul_precision(PRECISION):
-            found = plan(make_step(make(plan="auto"), optimizer), state, batches[0], budget=budget)
+            found = plan(make_step(make(plan="auto"), optimizer, state), state, tokens, budget=budget)
         print(found, file=sys.stderr)
         settings[f"plan for {budget}"] = {"plan": found[""]}
+    meshes: list[Mesh | None] = [mesh] * len(settings)
+    if mesh is not None:
+        settings, meshes = {"one device": {"policy": "everything"}, **settings}, [None, *meshes]
     models = [make(**knobs) for knobs in settings.values()]
-    states = [State(jax.tree.map(jnp.copy, params), optimizer.init(params)) for _ in models]
+    states = [placed(jax.tree.map(jnp.copy, start), batches[0], on)[0] for on in meshes]
 
     programs, gradients = [], []
     losses, seconds = np.zeros((2, len(models), len(batches)))
     with Progress("demo", losses.size, "step") as progress:
-        for name, model in zip(settings, models, strict=True):
+        for name, model, on in zip(settings, models, meshes, strict=True):
             progress.doing(f"compiling {name}")
-            programs.append(compile_step(model, optimizer, states[0], batches[0]))
+            programs.append(compile_step(model, optimizer, *placed(start, batches[0], on)))
         for j, batch in enumerate(batches):
             for i, program in enumerate(programs):
+                _, tokens = placed(None, batch, meshes[i])
                 began = time.perf_counter()
-                states[i], loss = jax.block_until_ready(program(states[i], batch))
+                states[i], loss = jax.block_until_ready(program(states[i], tokens))
                 seconds[i, j], losses[i, j] = time.perf_counter() - began, loss
                 progress.advance()
             progress.news(f"step {j + 1} of {len(batches)}, loss {losses[0, j]:.3f}")
@@ -177,8 +216,25 @@ def train_all(batches: np.ndarray, blocks: int, size: Size, budget: str | None =
     ]
 
 
-def make_step(model: TransformerLM, optimizer: optax.GradientTransformation) -> Any:
-    """One training step `(state, tokens) -> (state, loss)`; the old state's memory is given to the new one."""
+def placed(state: Any, tokens: np.ndarray, mesh: Mesh | None) -> tuple[Any, Any]:
+    """A state and a batch, split over a mesh, parameters and their moments too; as they are without one."""
+    if mesh is None:
+        return state, tokens
+
+    def of_state(path: Any, leaf: Any) -> Any:
+        return jax.device_put(leaf, NamedSharding(mesh, of_parameter(path, leaf, dict(mesh.shape), fsdp=True)))
+
+    return jax.tree_util.tree_map_with_path(of_state, state), jax.device_put(
+        tokens, NamedSharding(mesh, PartitionSpec("data"))
+    )
+
+
+def make_step(model: TransformerLM, optimizer: optax.GradientTransformation, given: State | None = None) -> Any:
+    """One training step `(state, tokens) -> (state, loss)`; the old state's memory is given to the new one.
+
+    Arguments:
+        given: a state that lies where the step's are to lie.
+    """
 
     def loss_of(params, tokens):
         logits: Any = model.apply({"params": params}, tokens[:, :-1])
@@ -189,13 +245,14 @@ def make_step(model: TransformerLM, optimizer: optax.GradientTransformation) -> 
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
         return State(optax.apply_updates(state.params, updates), optimizer_state), loss
 
-    return jax.jit(step, donate_argnums=0)
+    where = None if given is None else jax.tree.map(lambda leaf: leaf.sharding, given)
+    return jax.jit(step, donate_argnums=0, out_shardings=(where, None))
 
 
-def compile_step(model: TransformerLM, optimizer: optax.GradientTransformation, state: State, tokens: np.ndarray) -> Any:
+def compile_step(model: TransformerLM, optimizer: optax.GradientTransformation, state: State, tokens: Any) -> Any:
     """The training step, compiled."""
     with jax.default_matmul_precision(PRECISION):
-        return make_step(model, optimizer).lower(state, tokens).compile()
+        return make_step(model, optimizer, state).lower(state, tokens).compile()
 
 
 def memory_of(program: Any) -> dict[str, int]:
@@ -239,6 +296,7 @@ def about_run(options: argparse.Namespace, size: Size, text_bytes: int) -> dict[
     kind = f"{device.device_kind} ({os.cpu_count()} cores)" if device.platform == "cpu" else device.device_kind
     return {
         "device": kind,
+        "devices": options.devices or 1,
         "python": platform.python_version(),
         "jax": jax.__version__,
         "flax": version("flax"),
@@ -270,12 +328,14 @@ def report(about: dict[str, Any], results: Sequence[Result]) -> str:
             "{blocks} blocks of {d_model} channels, batches of {batch} x {length} bytes, {steps} steps, float32".format(
                 **about
             ),
-            "{device}; jaxckpt {jaxckpt}, jax {jax}, flax {flax}, Python {python}".format(**about),
+            f"{about['devices']} x " * (about["devices"] > 1)
+            + "{device}; jaxckpt {jaxckpt}, jax {jax}, flax {flax}, Python {python}".format(**about),
             "",
             *aligned([title, *rows], right=range(1, len(title))),
             "",
             "temp: what the compiled step allocates while it runs, activations above all, by XLA's own account.",
             "total: temp plus parameters, optimizer state and batch. s/step: the median without the first step.",
+            *["Bytes are those of each device; parameters and batch are split over all (FSDP)."] * (about["devices"] > 1),
             "gradient difference: at the first step, from the first setting, relative to the largest entry.",
         ]
     )

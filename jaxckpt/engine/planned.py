@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
+import jax
+
 from jaxckpt._plan import Knobs, StackPlan, active, under
 from jaxckpt._setting import Setting, with_knobs
 from jaxckpt.analysis import jaxpr as jx
@@ -52,7 +54,9 @@ def described(run: Run) -> dict[str, Any]:
 
 
 def _described(closed: Any, given: Sequence[Any], length: int) -> dict[str, Any]:
-    return {"length": length, "carry": check.shape_of(tuple(given)), "program": jx.digest(closed)}
+    mesh = next((mesh for leaf in given if not (mesh := jax.typeof(leaf).sharding.mesh).empty), None)
+    axes = None if mesh is None else ",".join(f"{name}={size}" for name, size in mesh.shape.items())
+    return {"length": length, "carry": check.shape_of(tuple(given)), "program": jx.digest(closed), "mesh": axes}
 
 
 @contextlib.contextmanager

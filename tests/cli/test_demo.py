@@ -1,6 +1,9 @@
 import argparse
 import json
+import subprocess
+import sys
 import sysconfig
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +15,15 @@ from jaxckpt.cli import demo, main
 from tests.support import relative_error
 
 TINY = demo.Size(d_model=8, num_heads=2, d_ff=12, batch=2, length=16)
-ABOUT = {"device", "python", "jax", "flax", "jaxckpt", "text_bytes", "blocks", "steps", *demo.Size._fields}
+ABOUT = {"device", "devices", "python", "jax", "flax", "jaxckpt", "text_bytes", "blocks", "steps", *demo.Size._fields}
 
 
 def result(setting, losses):
     return demo.Result(setting, None, "nothing", 3 * 2**20, 5 * 2**20, 0.25, losses, 2e-7)
 
 
-def run(capsys, as_json=False, size=TINY, budget=None):
-    code = demo.run(argparse.Namespace(steps=2, blocks=3, json=as_json, budget=budget), size)
+def run(capsys, as_json=False, size=TINY, budget=None, devices=None):
+    code = demo.run(argparse.Namespace(steps=2, blocks=3, json=as_json, budget=budget, devices=devices), size)
     return code, *capsys.readouterr()
 
 
@@ -55,6 +58,33 @@ def test_end_to_end_as_json(capsys, quick_compile):
     plain, per_block, *_ = (setting["temp_bytes"] for setting in told["settings"])
     assert per_block < plain
     assert "compiling per block" in err and "step 2 of 2" in err
+
+
+ON_FOUR_DEVICES = """
+import argparse, sys
+from jaxckpt.cli import demo
+from tests.cli.test_demo import TINY
+sys.exit(demo.run(argparse.Namespace(steps=2, blocks=3, json=True, budget="1GiB", devices=4), TINY._replace(length=128)))
+"""
+
+
+def test_on_several_devices():
+    """One device and four have the same losses; what each of the four holds is less."""
+    done = subprocess.run(
+        [sys.executable, "-c", ON_FOUR_DEVICES], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    names = ["one device", "no checkpointing", "per block", "chunks of 3", "dots", "plan for 1GiB"]
+    assert [s["setting"] for s in told["settings"]] == names and told["devices"] == 4 and told["batch"] == 4
+    alone, plain, *_ = told["settings"]
+    assert plain["total_bytes"] < alone["total_bytes"]
+    assert all(s["gradient_difference"] < 1e-5 for s in told["settings"])
+
+
+def test_devices_that_are_not_there(capsys):
+    code, _, err = run(capsys, devices=1000)
+    assert code == 2 and "--devices 1000: there are" in err and "device_count=1000" in err
 
 
 def test_table(results, capsys):

@@ -265,6 +265,18 @@ def test_a_plan_for_another_stack_is_refused(saved, changed, said):
         step_of({"plan": saved(**changed)})(W, X)
 
 
+def test_a_plan_for_another_mesh_is_refused(saved):
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    x = jax.device_put(X, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    path = saved(mesh="data=8")
+    with pytest.raises(ValueError, match=r"it lies on the mesh data=1, and the plan is for data=8\. .*plan again"):
+        step_of({"plan": path})(W, x)
+    jax.eval_shape(step_of({"plan": path}), W, X)  # on no mesh that is known
+    assert plan(step_of({"plan": "auto"}), W, x, budget="1GiB", progress=False)[""].mesh == "data=1"
+    assert load(path)[""].mesh == "data=8"
+    step_of({"plan": saved(mesh=None)})(W, x)
+
+
 def test_plans_that_cannot_be_used_are_refused_at_once(saved, tmp_path):
     with pytest.raises(ValueError, match=f"made with JAX 0.1, and this is JAX {jax.__version__}"):
         checkpoint_scan(block, plan=saved(jax_version="0.1"))
