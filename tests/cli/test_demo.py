@@ -60,23 +60,23 @@ def test_end_to_end_as_json(capsys, quick_compile):
     assert "compiling per block" in err and "step 2 of 2" in err
 
 
-ON_FOUR_DEVICES = """
+ON_EIGHT_DEVICES = """
 import argparse, sys
 from jaxckpt.cli import demo
 from tests.cli.test_demo import TINY
-sys.exit(demo.run(argparse.Namespace(steps=2, blocks=3, json=True, budget="1GiB", devices=4), TINY._replace(length=128)))
+sys.exit(demo.run(argparse.Namespace(steps=2, blocks=3, json=True, budget="1GiB", devices=8), TINY))
 """
 
 
 def test_on_several_devices():
-    """One device and four have the same losses; what each of the four holds is less."""
+    """One device and eight have the same losses; what each of the eight holds is less."""
     done = subprocess.run(
-        [sys.executable, "-c", ON_FOUR_DEVICES], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+        [sys.executable, "-c", ON_EIGHT_DEVICES], capture_output=True, text=True, cwd=Path(__file__).parents[2]
     )
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     names = ["one device", "no checkpointing", "per block", "chunks of 3", "dots", "plan for 1GiB"]
-    assert [s["setting"] for s in told["settings"]] == names and told["devices"] == 4 and told["batch"] == 4
+    assert [s["setting"] for s in told["settings"]] == names and told["devices"] == 8 and told["batch"] == 8
     alone, plain, *_ = told["settings"]
     assert plain["total_bytes"] < alone["total_bytes"]
     assert all(s["gradient_difference"] < 1e-5 for s in told["settings"])
