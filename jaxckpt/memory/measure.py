@@ -241,8 +241,7 @@ def _run(program: Any, args: Any, donated: bool, target: Target) -> tuple[float,
         start = clock.perf_counter()
         jax.block_until_ready(program(*given))
         times.append(clock.perf_counter() - start)
-    stats = target.devices[0].memory_stats() or {}
-    return statistics.median(times), stats.get("peak_bytes_in_use")
+    return statistics.median(times), target.memory_stats.get("peak_bytes_in_use")
 
 
 def seconds_in_turns(

@@ -109,9 +109,13 @@ class Target:
     @property
     def memory_bytes(self) -> int | None:
         """Bytes of memory of one device, as far as known: a present device tells what the process may use of it."""
-        if self.present and (limit := (self.present[0].memory_stats() or {}).get("bytes_limit")):
-            return limit
-        return self.gpu.memory_bytes if self.gpu else None
+        return self.memory_stats.get("bytes_limit") or (self.gpu.memory_bytes if self.gpu else None)
+
+    @property
+    def memory_stats(self) -> dict[str, Any]:
+        """What a present device of this process tells of its memory; empty where it tells nothing."""
+        own = (device for device in self.present if device.process_index == jax.process_index())
+        return getattr(next(own, None), "memory_stats", dict)() or {}
 
     def mesh(self, shape: Sequence[int], axes: Sequence[str], axis_types: Any = None) -> Mesh:
         """A mesh of the target's devices, for the shardings of what is compiled for it.

@@ -81,7 +81,7 @@ def plan(
         target: see `jaxckpt.targets.get`; by default JAX's default device.
         objective: "time", or "memory" for the setting of the least peak, whatever it costs.
         time: also runs some that fit, on a device that is present, and takes the fastest: the fastest by the model, some of
-            less memory, and the default knobs.
+            less memory, and the default knobs. Not where several processes plan, which would each go by its own clock.
         calibrate: measures a present device's rates for the time model, once; they are kept in the user's cache folder and
             taken by later plans. Otherwise: published rates of GPUs, a guess for CPUs.
         compilations: of the whole step, at most, each of which takes as long as at the start of a training job. What is
@@ -112,6 +112,12 @@ def plan(
     step, args = with_objects(step, args)
     where = place_of(args) if target is None else targets.get(target)
     limit = _limit(budget, objective, where)
+    if (time or calibrate) and len({device.process_index for device in where.present}) > 1:
+        raise ValueError(
+            f"{'time' if time else 'calibrate'}=True goes by a clock, and each of {jax.process_count()} processes has its "
+            "own: they would choose different settings. Leave it away; or plan in one process for a described target, save "
+            "the plan, and pin it in all"
+        )
     if time and not where.is_present:
         raise ValueError(f"time=True runs the step, and {where.name!r} is only described; take target='attached'")
     if time and (missing := [leaf for leaf in jax.tree.leaves(args) if isinstance(leaf, jax.ShapeDtypeStruct)]):
