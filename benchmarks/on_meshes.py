@@ -27,12 +27,14 @@ from jaxckpt.cli._meshes import of_parameter
 from jaxckpt.memory.collectives import KINDS
 from jaxckpt.models import PairformerBlock, TransformerBlock
 
-# By name: the axes of the mesh, and whether parameters are split over the batch's.
+# By name: the axes of the mesh, whether parameters are split over the batch's, and how blocks say that the carry is split.
 MESHES = {
-    "data 8": ({"data": 8}, False),
-    "FSDP 8": ({"data": 8}, True),
-    "tensor 8": ({"tensor": 8}, False),
-    "FSDP 4 x tensor 2": ({"data": 4, "tensor": 2}, True),
+    "data 8": ({"data": 8}, False, PartitionSpec("data")),
+    "FSDP 8": ({"data": 8}, True, PartitionSpec("data")),
+    "tensor 8": ({"tensor": 8}, False, PartitionSpec(None)),
+    "tensor 8, carries too": ({"tensor": 8}, False, PartitionSpec(None, "tensor")),
+    "FSDP 4 x tensor 2": ({"data": 4, "tensor": 2}, True, PartitionSpec("data")),
+    "FSDP 4 x tensor 2, carries too": ({"data": 4, "tensor": 2}, True, PartitionSpec("data", "tensor")),
 }
 OF_WORKLOAD = {"transformer": list(MESHES), "pairformer": ["data 8", "FSDP 8"]}
 SYSTEMS = {
@@ -116,17 +118,16 @@ def stacks() -> dict[str, StackOnMesh]:
 
 
 def row_of(workload: str, mesh: str, system: System, target: str) -> dict[str, Any]:
-    stack, (axes, fsdp) = stacks()[workload], MESHES[mesh]
+    stack, (axes, fsdp, of_carry) = stacks()[workload], MESHES[mesh]
     on = targets.get(target).mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
 
     def split(leaf: Any, spec: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(on, spec))
 
-    of_batch = PartitionSpec("data" if "data" in axes else None)
-    stack = dataclasses.replace(stack, sharding=NamedSharding(on, of_batch))
+    stack = dataclasses.replace(stack, sharding=NamedSharding(on, of_carry))
     params, carry, shared = stack.arguments()
     params = jax.tree_util.tree_map_with_path(lambda path, leaf: split(leaf, of_parameter(path, leaf, axes, fsdp)), params)
-    carry = tuple(split(leaf, of_batch) for leaf in carry)
+    carry = tuple(split(leaf, of_carry) for leaf in carry)
     out = None, jax.tree.map(lambda leaf: leaf.sharding, params)
     step = jax.jit(functools.partial(loss_and_gradients, system.build(stack)), out_shardings=out)
     try:
@@ -142,8 +143,9 @@ INTRODUCTION = """## Eight GPUs: bytes on each, and what they send
 `on_meshes.py` compiles the loss and the parameters' gradients for eight GPUs that are only described; nothing was run. Bytes
 are of one device. Collectives are those of one step, loops multiplied by how often they run: their number, and in brackets
 the GiB that each device sends for them, in a ring. Parameters are float32, products bfloat16. FSDP: parameters are split
-over the devices that split the batch. Tensor: heads and hidden channels are split. Blocks say how the batch of what they
-return is split, by `with_sharding_constraint`."""
+over the devices that split the batch. Tensor: heads and hidden channels are split; "carries too": what enters a block is
+split along tokens over the same devices, and so stored. Blocks say how what they return is split, by
+`with_sharding_constraint`."""
 
 
 def tables(rows: list[dict[str, Any]]) -> list[str]:
