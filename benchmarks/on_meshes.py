@@ -118,6 +118,18 @@ def stacks() -> dict[str, StackOnMesh]:
 
 
 def row_of(workload: str, mesh: str, system: System, target: str) -> dict[str, Any]:
+    stack, arguments, out = on_mesh(workload, mesh, target)
+    step = jax.jit(functools.partial(loss_and_gradients, system.build(stack)), out_shardings=out)
+    try:
+        found = measure(step, *arguments, target=target).to_json()
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+    fields = ("device", "peak_bytes", "temp_bytes", "host_bytes", "collectives", "compile_seconds")
+    return {field: found[field] for field in fields}
+
+
+def on_mesh(workload: str, mesh: str, target: str) -> tuple[StackOnMesh, tuple[Any, Any, Any], Any]:
+    """A stack, its arguments on a mesh of the target's devices, and the shardings of the loss and the gradients."""
     stack, (axes, fsdp, of_carry) = stacks()[workload], MESHES[mesh]
     on = targets.get(target).mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
 
@@ -128,14 +140,7 @@ def row_of(workload: str, mesh: str, system: System, target: str) -> dict[str, A
     params, carry, shared = stack.arguments()
     params = jax.tree_util.tree_map_with_path(lambda path, leaf: split(leaf, of_parameter(path, leaf, axes, fsdp)), params)
     carry = tuple(split(leaf, of_carry) for leaf in carry)
-    out = None, jax.tree.map(lambda leaf: leaf.sharding, params)
-    step = jax.jit(functools.partial(loss_and_gradients, system.build(stack)), out_shardings=out)
-    try:
-        found = measure(step, params, carry, shared, target=target).to_json()
-    except Exception as error:
-        return {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
-    fields = ("device", "peak_bytes", "temp_bytes", "host_bytes", "collectives", "compile_seconds")
-    return {field: found[field] for field in fields}
+    return stack, (params, carry, shared), (None, jax.tree.map(lambda leaf: leaf.sharding, params))
 
 
 INTRODUCTION = """## Eight GPUs: bytes on each, and what they send

@@ -7,6 +7,7 @@ what the compiled program needs.
 import contextlib
 import dataclasses
 import html
+import itertools
 import math
 import os
 from collections import Counter
@@ -263,8 +264,11 @@ def explain(
     >>> found.stored_bytes == 6 * 2 * (4 * 8 * 4)
     True
     """
-    run = _the_run(stack, args, keywords)
     where = None if target is None else targets.get(target)
+    return _of_the_run(stack, args, keywords, where)
+
+
+def _of_run(run: Run, where: targets.Target | None) -> Explanation:
     if run.first is None:
         return _explained(run, where)
     others = replace(run, length=run.length - run.first.length, first=None)
@@ -429,13 +433,12 @@ def observing(see: Callable[[Run], None]) -> Iterator[None]:
         observed.reset(token)
 
 
-def _the_run(stack: Any, args: tuple, keywords: dict[str, Any]) -> Run:
-    """The one run of a stack when `stack` is called, found by tracing it."""
+def _of_the_run(stack: Any, args: tuple, keywords: dict[str, Any], where: targets.Target | None) -> Explanation:
+    """What is told of the one run of a stack when `stack` is called, found by tracing it."""
     if isinstance(stack, nnx.Module):
         graph, state = nnx.split(stack)
-        return _the_run(
-            lambda state, *args, **keywords: nnx.merge(graph, state)(*args, **keywords), (state, *args), keywords
-        )
+        fn = lambda state, *args, **keywords: nnx.merge(graph, state)(*args, **keywords)  # noqa: E731
+        return _of_the_run(fn, (state, *args), keywords, where)
     if isinstance(stack, nn.Module) and not (args and isinstance(args[0], Mapping)):
         raise TypeError(
             f"a Linen module is explained with its variables first, explain(stack, variables, x); got {args!r:.200}"
@@ -449,9 +452,16 @@ def _the_run(stack: Any, args: tuple, keywords: dict[str, Any]) -> Run:
         args, keywords = with_arrays(arrays)
         fn(*args, **keywords)
 
-    seen: list[Run] = []
-    observe(call, arrays, seen.append)
-    seen = [run for run in seen if run.is_stack] or seen
+    told: list[tuple[Run, Explanation | None]] = []
+
+    def see(run: Run) -> None:
+        # Here, where axes that have names, as in `shard_map`, are bound.
+        can_be = run.refusal is None and not any(map(jx.is_batched, itertools.chain(*run.leaves)))
+        told.append((run, _of_run(run, where) if can_be else None))
+
+    observe(call, arrays, see)
+    told = [(run, found) for run, found in told if run.is_stack] or told
+    seen = [run for run, _ in told]
     if not seen:
         name = getattr(stack, "__name__", type(stack).__name__)
         raise TypeError(f"{name} ran nothing that checkpoint_scan or checkpoint made, so there is nothing to explain")
@@ -461,13 +471,14 @@ def _the_run(stack: Any, args: tuple, keywords: dict[str, Any]) -> Run:
         raise ValueError(f"several {what} were run ({found}); explain one of them at a time, with what it is called with")
     if seen[0].refusal is not None:
         raise seen[0].refusal
-    if any(jx.is_batched(leaf) for part in seen[0].leaves for leaf in part):
+    (_, found), *_ = told
+    if found is None:
         what = "the stack of " if seen[0].is_stack else ""
         raise ValueError(
             f"{what}{seen[0].names.block} was run under vmap, where its bytes are those of one example; explain it by "
             "itself, called with the whole batch"
         )
-    return seen[0]
+    return found
 
 
 _untraced = jax.make_user_context(None)

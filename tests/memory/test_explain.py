@@ -450,3 +450,22 @@ def test_sizes_do_not_read_as_products():
     size = found.values[0].bytes_per_block
     assert rows[0].split()[3:] == [f"{size / 1024:.1f}", "KiB", "5", f"{size * 5 / 1024:.1f}", "KiB", "kept"], rows[0]
     assert not re.search(r"\bx\d", str(found)) and "<td>x" not in found.to_html().replace("<td>x</td>", "")
+
+
+@pytest.mark.parametrize("check_vma", [False, True])
+def test_a_stack_in_a_shard_map(check_vma):
+    """What is sent along an axis has its row, and what was gathered is not what `cheap` keeps."""
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def block(w, x):
+        return x + jnp.tanh(x @ jax.lax.all_gather(w, "data", axis=0, tiled=True))
+
+    def found(policy):
+        stack = checkpoint_scan(block, policy=policy)
+        loss = lambda w, x: jax.lax.psum(jnp.sum(stack(w, x) ** 2), "data")  # noqa: E731
+        specs = jax.P(None, "data"), jax.P("data")
+        of_all = jax.shard_map(loss, mesh=mesh, in_specs=specs, out_specs=jax.P(), check_vma=check_vma)
+        return explain(of_all, jnp.ones((6, 16, 16)), jnp.ones((8, 16)), target="h200")
+
+    assert {value.op: value.fate for value in found("cheap").values}["all_gather"] == "re-run"
+    assert found("everything").forward_runs == 1 and found("nothing").stored_bytes == 6 * 8 * 16 * 4
