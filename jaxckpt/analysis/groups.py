@@ -128,7 +128,7 @@ def _written_for(groups: Groups, flat: Any, tiling: Tiling, out: Sequence[Any]) 
         ]
         of_each = [axis for _, axis in entering], [0 if each else None for each in has_gradient]
         found = jax.vmap(one, in_axes=(0, *of_each))(jnp.arange(groups.count), own, copies)
-        values.update({var: x.reshape(-1, *x.shape[2:]) for var, x in zip(out, found, strict=True)})
+        values.update({var: _joined(x) for var, x in zip(out, found, strict=True)})
         return list(map(read, jaxpr.outvars))
 
     return run
@@ -151,14 +151,22 @@ def _split(x: Any, axis: int, count: int) -> Any:
     return x.reshape(*x.shape[:axis], count, -1, *x.shape[axis + 1 :])
 
 
+def _joined(x: Any) -> Any:
+    """The opposite, along axis 0; a `reshape` too where a group is one example, and jnp's would be a `squeeze`."""
+    return lax.reshape(x, (x.shape[0] * x.shape[1], *x.shape[2:]))
+
+
 def axes_of_groups(jaxpr: Any, count: int) -> dict[Any, int]:
-    """Of an inlined jaxpr that was written for so many groups, the axis that they are of each variable that has it."""
+    """Of an inlined jaxpr that was written for so many groups, the axis that they are of each variable that has it.
+
+    Of what it returns, the axis on which the groups and the examples in each are.
+    """
     found: dict[Any, int] = {}
     used = {var for eqn in jaxpr.eqns for var in jx.variables(eqn.invars)} | set(jx.variables(jaxpr.outvars))
     for eqn in reversed(jaxpr.eqns):
         wanted = [(k, found[var]) for k, var in enumerate(eqn.outvars) if var in found]
         if not wanted and eqn.outvars[0] in jaxpr.outvars and _joins(eqn, count):
-            found[eqn.invars[0]] = 0
+            found[eqn.outvars[0]] = found[eqn.invars[0]] = 0
         elif wanted and (at := rule(eqn, *wanted[0], used=[k for k, v in enumerate(eqn.outvars) if v in used])) is not None:
             for var, axis in zip(eqn.invars, at.inputs, strict=True):
                 if axis is not None and not isinstance(var, core.Literal):

@@ -185,6 +185,7 @@ def _waiting(jaxpr: Any, piece: Piece, out: Sequence[Any], awaited: Sequence[Any
                 return tangent
             there = is_there(jx.varying(jax.typeof(tangent)), axis is not None)
             if axis is not None and there.ndim:
+                there = jnp.repeat(there, tangent.shape[axis] // there.size)  # what a block returns has all examples there
                 there = lax.broadcast_in_dim(there, tangent.shape, [axis])
             return jnp.where(there, tangent, 0)
 

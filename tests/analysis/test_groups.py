@@ -88,13 +88,13 @@ def test_what_is_shared_is_copied_for_each_group_where_it_has_a_gradient():
 
 
 @functools.cache
-def of_model(kind):
-    """A block of a model on a mesh, its jaxpr's inputs that are the carry, and the jaxpr for groups, inlined."""
+def of_model(kind, batch=16):
+    """A block of a model on a mesh, written for groups, and its jaxpr's inputs that are the carry."""
     if kind == "transformer":
-        block, carry = TransformerBlock(32, num_heads=8, d_ff=64), [on((16, 8, 32))]
+        block, carry = TransformerBlock(32, num_heads=8, d_ff=64), [on((batch, 8, 32))]
     else:
         block = PairformerBlock(16, 8, c_hidden_mul=8, num_heads_pair=2, head_dim_pair=4, num_heads_single=2)
-        carry = [on((16, 6, 16)), on((16, 6, 6, 8))]
+        carry = [on((batch, 6, 16)), on((batch, 6, 6, 8))]
     params = jax.eval_shape(block.init, jax.random.key(0), *(jnp.zeros(x.shape) for x in carry))
     leaves, tree = jax.tree.flatten(params)
 
@@ -106,25 +106,27 @@ def of_model(kind):
     return in_groups(jx.trace(fn, *leaves, *carry), carried)[0], carried
 
 
+@pytest.mark.parametrize("batch", [8, 16])
 @pytest.mark.parametrize("kind", ["transformer", "pairformer"])
-def test_all_that_depends_on_the_carry_has_an_axis_of_groups(kind):
-    closed, carried = of_model(kind)
+def test_all_that_depends_on_the_carry_has_an_axis_of_groups(kind, batch):
+    closed, carried = of_model(kind, batch)
     jaxpr = inlining.merged(inlining.inlined(closed, checkpoints=True)).jaxpr
     axes = axes_of_groups(jaxpr, 8)
-    assert all(var.aval.shape[axis] == 8 for var, axis in axes.items())
+    assert all(var.aval.shape[axis] == (batch if var in jaxpr.outvars else 8) for var, axis in axes.items())
     of_carry = {jaxpr.invars[i] for i in carried}
     for eqn in jaxpr.eqns:
         if of_carry & set(jx.variables(eqn.invars)):
             of_carry |= set(eqn.outvars)
-    made = {var for eqn in jaxpr.eqns for var in eqn.outvars} - {*jaxpr.outvars}
+    made = {var for eqn in jaxpr.eqns for var in eqn.outvars}
     assert len(axes) > 50 and not (of_carry & made) - axes.keys()
 
 
 @pytest.mark.parametrize("kind", ["transformer", "pairformer"])
-@pytest.mark.parametrize("tiles", [2, 8, 64])
-def test_no_slice_cuts_across_groups(kind, tiles, monkeypatch):
+@pytest.mark.parametrize("batch", [8, 16])
+@pytest.mark.parametrize("tiles", [2, 64])
+def test_no_slice_cuts_across_groups(kind, tiles, batch, monkeypatch):
     slice_small_values(monkeypatch)
-    closed, carried = of_model(kind)
+    closed, carried = of_model(kind, batch)
     flat, pieces = pieces_of(closed, carried, "auto", tiles, groups=8)
     sliced = [piece for piece in pieces if piece.tiles]
     assert sliced and all(piece.groups for piece in pieces[1:])

@@ -33,8 +33,10 @@ MESHES = {
     "tensor": ({"tensor": 8}, False),
     "fsdp x tensor": ({"data": 4, "tensor": 2}, True),
 }
+TRANSFORMER = TransformerBlock(32, num_heads=8, d_ff=64, dropout_rate=0.2)
 MODELS = {
-    "transformer": (TransformerBlock(32, num_heads=8, d_ff=64, dropout_rate=0.2), [(16, 8, 32)]),
+    "transformer": (TRANSFORMER, [(16, 8, 32)]),
+    "transformer, one example each": (TRANSFORMER, [(8, 8, 32)]),
     "pairformer": (
         PairformerBlock(16, 8, c_hidden_mul=8, num_heads_pair=2, head_dim_pair=4, num_heads_single=2),
         [(8, 6, 16), (8, 6, 6, 8)],
