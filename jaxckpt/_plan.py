@@ -90,7 +90,7 @@ class StackPlan:
             for name, words in said.items()
             if found[name] != getattr(self, name)
         ]
-        if mesh is not None and self.mesh not in (mesh, None):
+        if mesh is not None and self.mesh is not None and _sizes(mesh) != _sizes(self.mesh):
             other.append(f"it lies on the mesh {mesh}, and the plan is for {self.mesh}")
         if not other and found["program"] != self.program:
             other = ["it computes something else, though its name and types are the same (other flags, say)"]
@@ -101,6 +101,12 @@ class StackPlan:
             "it runs all the same; but here it is differentiated, and its memory is unknown. Run jaxckpt.plan again, "
             "or leave plan away: the parameters fit"
         )
+
+
+def _sizes(mesh: str) -> list[str]:
+    """Those of a mesh's axes, but for axes of one; whatever their names and order."""
+    sizes = [axis.rpartition("=")[2] for axis in mesh.split(",")]
+    return sorted(size for size in sizes if size != "1")
 
 
 @dataclass(frozen=True)

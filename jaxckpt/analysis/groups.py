@@ -7,9 +7,9 @@ under FSDP over eight GPUs, that sends eleven times as much). Written for groups
 which are made once for each block; the compiler gathers there, and sums there. What is told of one group, such as that all
 its values are there, is told on the device that has it.
 
-Axis 0 of the carry is the batch. A block in which examples do not stay apart (a norm over the batch, a loss beside the
-carry) is left as it is, and so is one whose mesh is not known: JAX shows it where the stack is called with what lies on one,
-and under `jax.set_mesh`.
+Axis 0 of the carry is the batch, and a `with_sharding_constraint` in the block says that it is split: where it is not, or
+something else is, copies would cost memory and traffic. A block in which examples do not stay apart (a norm over the batch,
+a loss beside the carry) is left as it is.
 """
 
 import math
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxckpt.analysis import flow, inlining, slices
@@ -29,6 +29,10 @@ from jaxckpt.analysis.numbering import run_equation
 from jaxckpt.analysis.slices import Rule, rule
 from jaxckpt.analysis.slices_table import sharding_axes
 from jaxckpt.analysis.tiles import Tiling, Tilings
+
+# `vmap` makes other operations of these: a convolution in as many feature groups, which the compiler gathers for, and both
+# branches.
+_CHANGED_BY_VMAP = ("conv_general_dilated", "cond")
 
 
 class Groups(NamedTuple):
@@ -39,59 +43,72 @@ class Groups(NamedTuple):
 
 
 def in_groups(closed: Any, carried: Sequence[int]) -> tuple[Any, int]:
-    """The same block, written for groups, and how many; `closed` itself and 1 where there is no mesh, or no way.
-
-    The groups are those that a `with_sharding_constraint` in the block says. Without one it is not known which axes of the
-    mesh split the batch: there is a group for each device, or as many as divide the batch.
+    """The same block, written for groups, and how many; `closed` itself and 1 where it says of no mesh, or there is no way.
 
     Arguments:
         carried: its inputs that are the carry.
     """
-    mesh, size = _mesh_of(closed, carried), _batch_of(closed, carried)
-    if mesh is None or math.gcd(mesh.size, size) == 1:
+    sizes = {closed.in_avals[i].shape[:1] for i in carried}
+    if len(sizes) != 1 or sizes == {()} or not _constraints(closed.jaxpr):
         return closed, 1
+    ((size,),) = sizes
     flat = inlining.merged(inlining.inlined(closed, checkpoints=True))
     number = len(flat.jaxpr.eqns)
     tilings = Tilings(flat.jaxpr, [0] * number)
     made = tilings.outputs(0, number)
     tiling = tilings.tiling(0, number, tuple(0 if var.aval.shape[:1] == (size,) else None for var in made), size)
-    if tiling is None or _needs_all(flat.jaxpr, tiling, carried):
+    if tiling is None or not _is_apart(flat.jaxpr, tiling, carried):
         return closed, 1
-    said = _axes_said(flat.jaxpr, tiling)
-    count = math.gcd(size, mesh.size if said is None else math.prod(mesh.shape[name] for name in said))
-    if count == 1:
+    groups = _said(flat.jaxpr, tiling)
+    if groups is None or groups.count == 1:
         return closed, 1
     out = [var for var, axis in zip(made, tiling.axes, strict=True) if axis is not None]
-    return jx.trace(_written_for(Groups(count, mesh), flat, tiling, out), *closed.in_avals), count
+    return jx.trace(_written_for(groups, flat, tiling, out), *closed.in_avals), groups.count
 
 
-def _mesh_of(closed: Any, carried: Sequence[int]) -> Any:
-    """The mesh that the carry lies on, or that constraints in the block name, if all of its axes are the compiler's."""
-    named = [eqn.params["sharding"] for eqn in jx.equations(closed.jaxpr) if eqn.primitive.name == "sharding_constraint"]
-    placed = [*(closed.in_avals[i].sharding for i in carried), *(x for x in named if isinstance(x, NamedSharding))]
-    found = [x.mesh for x in placed if not x.mesh.empty]
-    return found[0] if found and all(set(mesh.axis_types) == {AxisType.Auto} for mesh in found) else None
+def devices_of(closed: Any, carried: Sequence[int]) -> int:
+    """The number of devices of the mesh that the carry lies on, or constraints in the block name; 1 where none is known."""
+    placed = [closed.in_avals[i].sharding.mesh for i in carried]
+    named = [eqn.params["sharding"] for eqn in _constraints(closed.jaxpr)]
+    return max((mesh.size for mesh in [*placed, *(sharding.mesh for sharding in named)] if not mesh.empty), default=1)
 
 
-def _batch_of(closed: Any, carried: Sequence[int]) -> int:
-    """The size of axis 0 of all leaves of the carry; 1 where they differ."""
-    sizes = {closed.in_avals[i].shape[:1] for i in carried}
-    (size,) = sizes.pop() if len(sizes) == 1 and () not in sizes else (1,)
-    return size if isinstance(size, int) else 1
+def says_of_batch(closed: Any) -> bool:
+    """Whether a constraint in the block says how axis 0 of anything is split, or that it is not."""
+    return any(sharding_axes(eqn, 0) is not None for eqn in _constraints(closed.jaxpr))
 
 
-def _needs_all(jaxpr: Any, tiling: Tiling, carried: Sequence[int]) -> bool:
-    """Whether anything needs all examples at once."""
+def _constraints(jaxpr: Any) -> list[Any]:
+    """The `with_sharding_constraint`s of arrays in a block, those of nested jaxprs too."""
+    found = [eqn for eqn in jx.equations(jaxpr) if eqn.primitive.name == "sharding_constraint"]
+    return [eqn for eqn in found if isinstance(eqn.params["sharding"], NamedSharding) and eqn.outvars[0].aval.shape]
+
+
+def _is_apart(jaxpr: Any, tiling: Tiling, carried: Sequence[int]) -> bool:
+    """Whether nothing needs all examples at once, and groups are computed as the whole is."""
     whole = {var for i in tiling.before for var in jx.variables(jaxpr.eqns[i].invars)}
-    return not flow.dependent(jaxpr, carried).isdisjoint([*whole, *(place.of(jaxpr) for place in tiling.shared)])
+    needed = [*whole, *(place.of(jaxpr) for place in tiling.shared)]
+    inside = [jaxpr.eqns[i] for i in tiling.inside]
+    names = {eqn.primitive.name for outer in inside for eqn in [outer, *_within(outer)]}
+    return flow.dependent(jaxpr, carried).isdisjoint(needed) and names.isdisjoint(_CHANGED_BY_VMAP)
 
 
-def _axes_said(jaxpr: Any, tiling: Tiling) -> tuple[str, ...] | None:
-    """The mesh axes along which a `with_sharding_constraint` in the block splits the batch; None where none says."""
-    constraints = [i for i in tiling.inside if jaxpr.eqns[i].primitive.name == "sharding_constraint"]
-    rules = [(jaxpr.eqns[i], tiling.inside[i]) for i in constraints]
-    said = [sharding_axes(eqn, found.outputs[0]) for eqn, found in rules if found and found.outputs[0] is not None]
-    return next((axes for axes in said if axes is not None), None)
+def _within(eqn: Any) -> list[Any]:
+    return [inner for jaxpr in jx.inner_jaxprs(eqn) for inner in jx.equations(jaxpr)]
+
+
+def _said(jaxpr: Any, tiling: Tiling) -> Groups | None:
+    """The groups that constraints in the block say; None where none says, or one says otherwise than another."""
+    found: dict[Any, Groups] = {}
+    for i, at in tiling.inside.items():
+        eqn = jaxpr.eqns[i]
+        if eqn.primitive.name != "sharding_constraint" or at is None or at.outputs[0] is None:
+            continue
+        if (axes := sharding_axes(eqn, at.outputs[0])) is not None:
+            mesh = eqn.params["sharding"].mesh
+            sizes = [(name, mesh.shape[name]) for name in axes]
+            found[tuple(sizes)] = Groups(math.gcd(tiling.size, math.prod(size for _, size in sizes)), mesh)
+    return next(iter(found.values())) if len(found) == 1 else None
 
 
 def _written_for(groups: Groups, flat: Any, tiling: Tiling, out: Sequence[Any]) -> Callable[..., list[Any]]:

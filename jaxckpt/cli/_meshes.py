@@ -35,9 +35,9 @@ def mesh_axes(text: str) -> dict[str, int]:
     """What `--mesh` takes: `data=4,tensor=2` as a dict, in that order."""
     parts = [part.partition("=") for part in text.split(",")]
     names = [name for name, _, _ in parts]
-    if any(name not in AXES or not size.isdecimal() or int(size) < 1 for name, _, size in parts) or len({*names}) < len(
-        names
-    ):
+    if any(name not in AXES or not (size.isascii() and size.isdecimal()) or int(size) < 1 for name, _, size in parts) or len(
+        {*names}
+    ) < len(names):
         raise argparse.ArgumentTypeError(f"{text!r} is not a mesh such as data=8, tensor=8 or data=4,tensor=2")
     return {name: int(size) for name, _, size in parts}
 

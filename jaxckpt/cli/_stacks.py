@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 import jaxckpt
 from jaxckpt import checkpoint_scan
@@ -114,15 +115,24 @@ def chosen_stack(options: argparse.Namespace, batch: int | None = None, **knobs:
         refuse_sizes(options, "--stack")
         return _of_user(options.stack, knobs)
     model = MODELS[options.model]
-    data = (getattr(options, "mesh", None) or {}).get("data")
+    axes = getattr(options, "mesh", None) or {}
+    data = axes.get("data")
     if batch is None:
         batch = model.batch if data is None else -(-(model.batch or 1) // data) * data
     elif batch % (data or 1):
         raise ValueError(f"a batch of {batch} cannot be split over data={data}; take multiples of {data}")
+    if axes:
+        knobs["call"] = partial(_constrained, AbstractMesh(tuple(axes.values()), tuple(axes), (AxisType.Auto,) * len(axes)))
     stack = checkpoint_scan(model.block, options.blocks or BLOCKS, **knobs)(dtype=jnp.bfloat16)
     shapes = model.carry(options.tokens or TOKENS)
     carry = [jax.ShapeDtypeStruct(shape if batch is None else (batch, *shape), jnp.bfloat16) for shape in shapes]
     return Call(stack, (jax.eval_shape(stack.init, jax.random.key(0), *carry), *carry), {})
+
+
+def _constrained(mesh: Any, layer: Any, *carry: Any, **shared: Any) -> Any:
+    """What a block returns, and how its batch is split."""
+    where = NamedSharding(mesh, PartitionSpec("data" if "data" in mesh.shape else None))
+    return jax.lax.with_sharding_constraint(layer(*carry, **shared), where)
 
 
 def chunk_near_sqrt(length: int) -> int:

@@ -12,7 +12,7 @@ from jaxckpt.analysis import flow, inlining, numbering, sources
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis.cost import REFERENCE
 from jaxckpt.analysis.cuts import SLACK, Block, find_cuts
-from jaxckpt.analysis.groups import axes_of_groups, in_groups
+from jaxckpt.analysis.groups import axes_of_groups, devices_of, in_groups, says_of_batch
 from jaxckpt.analysis.slices_cost import slicing_seconds
 from jaxckpt.analysis.stages import Piece, cuts_at_tags, pieces_between
 from jaxckpt.analysis.tiles import Tiler, Tiles, Tilings
@@ -61,10 +61,29 @@ def cut(
     is_whole = len(pieces) == 1 and pieces[0].tiles is None
     if tiles and all(piece.tiles is None for piece in pieces):
         check.warn(f"{names.block}: tiles={tiles!r} found nothing to slice{_reason(flat.jaxpr, pieces, tiles)}")
+    elif tiles and groups == 1 and carried and not is_batched and setting.plan is None:
+        _warn_of_traffic(closed, carried, names)
     elif is_whole:
         asked = "tags:" + ",".join(stages) if isinstance(stages, tuple) else stages
         check.warn(f"{names.block}: stages={asked!r} found nothing to cut; the block stays whole")
     return (closed, []) if is_whole else (flat, pieces)
+
+
+def _warn_of_traffic(closed: Any, carried: Sequence[int], names: check.Names) -> None:
+    """Says that parameters are gathered, and gradients summed, for each slice, where that may be, and what to do."""
+    devices = devices_of(closed, carried)
+    if devices == 1:
+        return
+    why = "its examples do not stay apart, or are not on axis 0 of all that enters it"
+    if not says_of_batch(closed):
+        why = (
+            "nothing in it says how its batch is split. Let it constrain what it returns, "
+            "jax.lax.with_sharding_constraint(x, P('data')), with the mesh axes of its batch, or P(None) where it has none"
+        )
+    check.warn(
+        f"{names.block}: tiles on a mesh of {devices} devices may gather parameters, and sum gradients over devices, for "
+        f"each slice: {why}"
+    )
 
 
 def _reason(jaxpr: Any, pieces: Sequence[Piece], tiles: Most) -> str:
@@ -132,8 +151,8 @@ def _pieces(
     def found() -> list[Piece]:
         if not tiles:
             return _found(flat, carried, stages, None)
-        wanted = numbering.residual_bytes
-        tilings = shared.of((program, whole), lambda: Tilings(flat.jaxpr, wanted(flat), whole, groups))
+        key = program, whole, bool(groups)
+        tilings = shared.of(key, lambda: Tilings(flat.jaxpr, numbering.residual_bytes(flat), whole, groups))
         return _found(flat, carried, stages, Tiler(tilings, None if tiles == "auto" else tiles))
 
     return _recent.of((program, carried, stages, tiles, whole, bool(groups)), found)

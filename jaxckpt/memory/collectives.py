@@ -13,7 +13,15 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "ragged-all-to-all",
+    "all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
 _ARRAY = r"[a-z]\w*\[[\d,]*\]"
 
 
@@ -62,6 +70,8 @@ class _Program:
         if found := re.search(r" = (.*?) (" + "|".join(KINDS) + r")(-start)?\(", line):
             result, kind, is_start = found.groups()
             return Counter({kind: 1}), Counter({kind: _sent(kind, _whole(kind, result, bool(is_start)), self._group(line))})
+        if re.search(r" async-(?:done|update)\(", line):  # what was started, and counted there
+            return Counter(), Counter()
         if body := re.search(r"\bbody=%?([\w.-]+)", line):
             trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
             return _times(int(trips[1]) if trips else 1, self.of(body[1]))

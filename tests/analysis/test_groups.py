@@ -34,23 +34,41 @@ def plain(w, x):
     return x + jnp.sin(x @ w)
 
 
+def said(fn, *spec):
+    """A block that also says how its carry is split."""
+
+    def block(w, x):
+        return fn(w, lax.with_sharding_constraint(x, NamedSharding(MESH, P(*spec))))
+
+    return block
+
+
+TWICE = lambda w, x: constrained("tensor")(w, constrained("data")(w, x))  # noqa: E731
+KERNEL = jax.ShapeDtypeStruct((3, 6, 6), "float32")
 GROUPS = {
-    "one for each device": (plain, [W, on((16, 6))], 8),
-    "as many as divide the batch": (plain, [W, on((12, 6))], 4),
-    "a batch that nothing divides": (plain, [W, on((3, 6))], 1),
-    "no mesh": (plain, [W, jax.ShapeDtypeStruct((16, 6), "float32")], 1),
-    "an explicit mesh": (plain, [W, on((16, 6), AbstractMesh((4, 2), ("data", "tensor"), axis_types=EXPLICIT))], 1),
     "those that are said": (constrained("data"), [W, on((16, 6))], 4),
     "two axes that are said": (constrained(("tensor", "data")), [W, on((16, 6))], 8),
+    "as many as divide the batch": (constrained(("tensor", "data")), [W, on((12, 6))], 4),
+    "a batch that nothing divides": (constrained("data"), [W, on((3, 6))], 1),
     "said, and no mesh beside": (constrained("data"), [W, jax.ShapeDtypeStruct((16, 6), "float32")], 4),
+    "said of another mesh": (constrained("data"), [W, on((16, 6), AbstractMesh((8,), ("dp",), axis_types=AUTO[:1]))], 4),
+    "said in two ways": (TWICE, [W, on((16, 6))], 1),
+    "nothing is said": (plain, [W, on((16, 6))], 1),
     "a batch that is whole": (constrained(None, "tensor"), [W, on((16, 6))], 1),
-    "a batch that is left open": (constrained(P.UNCONSTRAINED, "tensor"), [W, on((16, 6))], 8),
-    "a norm over the batch": (lambda w, x: x @ w - x.mean(0, keepdims=True), [W, on((16, 6))], 1),
-    "all examples for each": (lambda w, x: jnp.tanh(x @ x.T) @ x @ w, [W, on((16, 6))], 1),
-    "a loss beside the carry": (lambda w, x: (x @ w, jnp.sum(x)), [W, on((16, 6))], 1),
-    "a value for each example beside the carry": (lambda w, x: (x @ w, jnp.sum(x, 1)), [W, on((16, 6))], 8),
-    "a kernel with a backward rule": (lambda w, x: jax.nn.relu(rounded(x)) @ w, [W, on((16, 6))], 1),
-    "a scalar": (lambda w, x: x * w[0, 0], [W, on(())], 1),
+    "a batch that is left open": (constrained(P.UNCONSTRAINED, "tensor"), [W, on((16, 6))], 1),
+    "an explicit mesh": (plain, [W, on((16, 6), AbstractMesh((4, 2), ("data", "tensor"), axis_types=EXPLICIT))], 1),
+    "a norm over the batch": (said(lambda w, x: x @ w - x.mean(0, keepdims=True), "data"), [W, on((16, 6))], 1),
+    "all examples for each": (said(lambda w, x: jnp.tanh(x @ x.T) @ x @ w, "data"), [W, on((16, 6))], 1),
+    "a loss beside the carry": (said(lambda w, x: (x @ w, jnp.sum(x)), "data"), [W, on((16, 6))], 1),
+    "a value for each example beside the carry": (said(lambda w, x: (x @ w, jnp.sum(x, 1)), "data"), [W, on((16, 6))], 4),
+    "a kernel with a backward rule": (said(lambda w, x: jax.nn.relu(rounded(x)) @ w, "data"), [W, on((16, 6))], 1),
+    "a convolution": (
+        said(lambda w, x: lax.conv_general_dilated(x, w, (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC")), "data"),
+        [KERNEL, on((16, 8, 6))],
+        1,
+    ),
+    "a branch": (said(lambda w, x: lax.cond(w[0, 0] > 0, jnp.sin, jnp.cos, x), "data"), [W, on((16, 6))], 1),
+    "a scalar": (said(lambda w, x: x * w[0, 0]), [W, on(())], 1),
 }
 
 
@@ -72,12 +90,13 @@ def test_how_many(case):
 
 
 def test_leaves_of_two_sizes_have_no_batch():
-    closed = jx.trace(lambda w, x, y: (x @ w, y @ w), W, on((16, 6)), on((8, 6)))
+    closed = jx.trace(lambda w, x, y: (constrained("data")(w, x), y @ w), W, on((16, 6)), on((8, 6)))
     assert in_groups(closed, [1, 2]) == (closed, 1)
 
 
 def test_what_is_shared_is_copied_for_each_group_where_it_has_a_gradient():
     def block(w, x, positions):
+        x = lax.with_sharding_constraint(x, NamedSharding(MESH, P(("data", "tensor"))))
         return x @ w.astype(jnp.bfloat16) + jnp.take(x, positions, axis=1)
 
     closed = jx.trace(block, W, on((16, 6), dtype="bfloat16"), jax.ShapeDtypeStruct((6,), "int32"))
@@ -99,8 +118,8 @@ def of_model(kind, batch=16):
     leaves, tree = jax.tree.flatten(params)
 
     def fn(*inputs):
-        variables = jax.tree.unflatten(tree, inputs[: len(leaves)])
-        return jax.tree.leaves(block.apply(variables, *inputs[len(leaves) :]))
+        out = block.apply(jax.tree.unflatten(tree, inputs[: len(leaves)]), *inputs[len(leaves) :])
+        return jax.tree.leaves(lax.with_sharding_constraint(out, NamedSharding(MESH, P(("data", "tensor")))))
 
     carried = range(len(leaves), len(leaves) + len(carry))
     return in_groups(jx.trace(fn, *leaves, *carry), carried)[0], carried

@@ -25,6 +25,7 @@ HloModule jit_step
   %g = ((bf16[32,64]{1,0:T(8)}, f32[2]), (bf16[128,64]{1,0}, f32[8])) all-gather-start(%a), replica_groups=[2,4]<=[4,2]T(1,0)
   %d = (bf16[128,64]{1,0}, f32[8]{0}) all-gather-done(%g)
   %s = ((bf16[128,64]), bf16[32,64], s32[]) async-start(%d), calls=%async
+  %e = bf16[32,64] async-done(%s), calls=%async
 }
 
 %outer (p: (s32[], bf16[128,64])) -> (s32[], bf16[128,64]) {
