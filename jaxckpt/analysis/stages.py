@@ -22,8 +22,9 @@ class Piece(NamedTuple):
         last: the equations whose values are the last that autodiff wants: it wants others only on the way to them.
         tiles: how it is computed in slices, if it is.
         obstacles: the equations that cannot be, although slices were asked of them.
-        groups: where the block is written for groups of examples, their axis by equation and number of its output; not of
-            what comes of parameters alone. See `jaxckpt.analysis.groups`.
+        groups: where the block is written for groups of examples, their axis by equation and number of its output (of what
+            the block returns, the axis of all examples); not of what comes of parameters alone. See
+            `jaxckpt.analysis.groups`.
     """
 
     begin: int

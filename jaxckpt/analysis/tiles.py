@@ -77,7 +77,7 @@ class Tilings:
     Arguments:
         wanted: for each equation the bytes that autodiff wants of it, see `numbering.residual_bytes`.
         stays_whole: equations that are not computed in slices although they could be, by number.
-        groups: the axis of groups of examples of each variable that has one: slices would cut across devices there.
+        groups: of each variable that has one the axis of groups of examples, or of all: slices would cut across devices.
     """
 
     def __init__(

@@ -19,9 +19,14 @@ KNOBS = {
 
 def on_eight(cases):
     """What `on_eight_devices` finds for each case."""
+    return said_by("tests.engine.on_eight_devices", json.dumps(cases))
+
+
+def said_by(module, *args):
+    """What a program for eight devices prints last, as JSON."""
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     done = subprocess.run(
-        [sys.executable, "-m", "tests.engine.on_eight_devices", json.dumps(cases)],
+        [sys.executable, "-m", module, *args],
         cwd=Path(__file__).parents[2],
         env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
@@ -80,3 +85,8 @@ def test_nothing_is_sent_for_pieces_alone():
         )
     assert [sent["all-reduce"][1] for _, sent in others] == [whole[1]["all-reduce"][1]] * len(others)
     assert max(sent["all-gather"][1] for _, sent in others) <= 1.5 * whole[1]["all-gather"][1]
+
+
+@pytest.mark.full
+def test_stages_of_a_pipeline():
+    assert max(said_by("tests.engine.pipelines")) < 1e-12
