@@ -6,6 +6,7 @@ sends, written by hand, stands beside. Collectives are read off the compiled pro
 number is of a run on a GPU.
 
     JAX_PLATFORMS=cpu python benchmarks/on_meshes.py --workloads transformer pairformer --minutes 60
+    JAX_PLATFORMS=cpu python benchmarks/on_meshes.py --workloads 7b-64 --target h200:64   # and 7b-8, 7b-512
 """
 
 import argparse
@@ -35,8 +36,15 @@ MESHES = {
     "tensor 8, carries too": ({"tensor": 8}, False, PartitionSpec(None, "tensor")),
     "FSDP 4 x tensor 2": ({"data": 4, "tensor": 2}, True, PartitionSpec("data")),
     "FSDP 4 x tensor 2, carries too": ({"data": 4, "tensor": 2}, True, PartitionSpec("data", "tensor")),
+    "FSDP 64": ({"data": 64}, True, PartitionSpec("data")),
+    "FSDP 512": ({"data": 512}, True, PartitionSpec("data")),
 }
-OF_WORKLOAD = {"transformer": list(MESHES), "pairformer": ["data 8", "FSDP 8"]}
+LARGE = {f"7b-{devices}": devices for devices in (8, 64, 512)}  # a sequence for each device
+OF_WORKLOAD = {
+    "transformer": [mesh for mesh in MESHES if mesh not in ("FSDP 64", "FSDP 512")],
+    "pairformer": ["data 8", "FSDP 8"],
+    **{name: [f"FSDP {devices}"] for name, devices in LARGE.items()},
+}
 SYSTEMS = {
     "flax nn.scan(nn.remat)": ["nothing", "dots", "everything"],
     "jaxckpt": [
@@ -109,11 +117,16 @@ def stacks() -> dict[str, StackOnMesh]:
     block = TransformerBlock(2048, num_heads=16, d_ff=8192, dtype=jnp.bfloat16)
     pairs = PairformerBlock(dtype=jnp.bfloat16)
     of_pairs = shape((8, 512, 384)), shape((8, 512, 512, 128))
+    large = TransformerBlock(4096, num_heads=32, d_ff=11008, dtype=jnp.bfloat16)
     return {
         "transformer": StackOnMesh(
             "24 blocks of a transformer, 16 x 2,048 x 2,048", block, 24, 4, (shape((16, 2048, 2048)),)
         ),
         "pairformer": StackOnMesh("48 Pairformer blocks, 8 x 512 tokens", pairs, 48, 6, of_pairs),
+        **{
+            name: StackOnMesh(f"32 blocks of a transformer, {n} x 4,096 x 4,096", large, 32, 4, (shape((n, 4096, 4096)),))
+            for name, n in LARGE.items()
+        },
     }
 
 
@@ -155,7 +168,7 @@ split along tokens over the same devices, and so stored. Blocks say how what the
 
 def tables(rows: list[dict[str, Any]]) -> list[str]:
     """One for each workload, mesh and version of JAX, rows sorted by temporaries."""
-    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, str, str, str], list[dict[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: (-list(OF_WORKLOAD).index(row["workload"]), *(row[k] for k in ("mesh", "jax")))):
         groups.setdefault((row["workload"], row["mesh"], row["target"], row["jax"]), []).append(row)
     return [table(*group, rows) for group, rows in groups.items()]

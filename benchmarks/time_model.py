@@ -30,7 +30,7 @@ from tqdm import tqdm
 from jaxckpt import checkpoint_scan, measure, plan, targets
 from jaxckpt.analysis.cost import step_seconds
 from jaxckpt.memory.calibrate import calibrate
-from jaxckpt.memory.explain import _explained, _the_run
+from jaxckpt.memory.explain import _explained, look_at_run
 
 MIB = 2**20
 MORE = {
@@ -100,9 +100,9 @@ def named(stack: Stack) -> dict[str, dict[str, Any]]:
 def entry_of(stack: Stack, name: str, knobs: dict[str, Any], arguments: Any, rates: Any) -> Entry:
     step = step_of(stack, **knobs)
     params, carry, shared = arguments
-    run = _the_run(checkpoint_scan(stack.apply, **knobs), (params, *carry), shared)
     target: Any = SimpleNamespace(name="cpu", gpu=rates)
-    found: Any = _explained(run, target)
+    run = checkpoint_scan(stack.apply, **knobs)
+    found: Any = look_at_run(run, (params, *carry), shared, lambda run: _explained(run, target))
     # As a plan counts: what is stored is touched for the first time.
     stored = found.stored_bytes + found.chunk_bytes
     seconds = step_seconds(stack.length, found.forward_seconds, found.forward_runs, rates, fresh_bytes=stored)

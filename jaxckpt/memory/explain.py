@@ -13,7 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
@@ -36,6 +36,8 @@ from jaxckpt.engine.schedule import whole_runs
 from jaxckpt.memory import targets
 from jaxckpt.memory.slices import SlicedPiece, sliced_pieces
 from jaxckpt.policies.grammar import everything
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -265,7 +267,7 @@ def explain(
     True
     """
     where = None if target is None else targets.get(target)
-    return _of_the_run(stack, args, keywords, where)
+    return look_at_run(stack, args, keywords, lambda run: _of_run(run, where))
 
 
 def _of_run(run: Run, where: targets.Target | None) -> Explanation:
@@ -433,12 +435,12 @@ def observing(see: Callable[[Run], None]) -> Iterator[None]:
         observed.reset(token)
 
 
-def _of_the_run(stack: Any, args: tuple, keywords: dict[str, Any], where: targets.Target | None) -> Explanation:
-    """What is told of the one run of a stack when `stack` is called, found by tracing it."""
+def look_at_run(stack: Any, args: tuple, keywords: dict[str, Any], look: Callable[[Run], T]) -> T:
+    """What `look` finds of the one run of a stack when `stack` is called, while that is traced."""
     if isinstance(stack, nnx.Module):
         graph, state = nnx.split(stack)
         fn = lambda state, *args, **keywords: nnx.merge(graph, state)(*args, **keywords)  # noqa: E731
-        return _of_the_run(fn, (state, *args), keywords, where)
+        return look_at_run(fn, (state, *args), keywords, look)
     if isinstance(stack, nn.Module) and not (args and isinstance(args[0], Mapping)):
         raise TypeError(
             f"a Linen module is explained with its variables first, explain(stack, variables, x); got {args!r:.200}"
@@ -452,12 +454,12 @@ def _of_the_run(stack: Any, args: tuple, keywords: dict[str, Any], where: target
         args, keywords = with_arrays(arrays)
         fn(*args, **keywords)
 
-    told: list[tuple[Run, Explanation | None]] = []
+    told: list[tuple[Run, T | None]] = []
 
     def see(run: Run) -> None:
         # Here, where axes that have names, as in `shard_map`, are bound.
         can_be = run.refusal is None and not any(map(jx.is_batched, itertools.chain(*run.leaves)))
-        told.append((run, _of_run(run, where) if can_be else None))
+        told.append((run, look(run) if can_be else None))
 
     observe(call, arrays, see)
     told = [(run, found) for run, found in told if run.is_stack] or told
