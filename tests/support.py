@@ -1,6 +1,10 @@
 """What several tests need: the plain loop to compare with, random cotangents, errors relative to a tree's scale."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -82,3 +86,15 @@ def slice_small_values(monkeypatch: Any, least: int = 1) -> None:
     monkeypatch.setattr(cutting, "_CANDIDATES_OF_TILES", 60)
     monkeypatch.setattr(tiles, "LEAST_ENTRIES", least)
     monkeypatch.setattr(slices_cost, "START", 0.0)
+
+
+def on_eight_devices(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    """A Python process with eight simulated devices, which have to be asked for before JAX starts."""
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )

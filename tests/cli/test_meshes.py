@@ -1,10 +1,6 @@
 """`--mesh` and `--fsdp`: our models over several devices."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import pytest
@@ -12,8 +8,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxckpt.cli import main
 from jaxckpt.cli._meshes import mesh_axes, of_parameter
+from tests.support import on_eight_devices
 
-# Several devices have to be asked for before JAX starts, hence a process of its own.
 ON_EIGHT_DEVICES = """
 import sys
 from jaxckpt.cli import main
@@ -25,14 +21,7 @@ TINY = "--blocks 4 --tokens 16 --target cpu:8 --json"
 
 def on_eight(*lines):
     """What commands print on eight simulated devices, as JSON."""
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, "-c", ON_EIGHT_DEVICES, *lines],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
+    done = on_eight_devices("-c", ON_EIGHT_DEVICES, *lines)
     assert done.returncode == 0, done.stderr
     rest, found = done.stdout.strip(), []
     while rest:
@@ -95,12 +84,6 @@ def test_a_mesh_that_does_not_fit(options, wrong, capsys):
 
 
 def test_a_batch_that_cannot_be_split():
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     command = f"plan {TINY} --mesh data=8 --batch 12 --budget 1GiB"
-    done = subprocess.run(
-        [sys.executable, "-m", "jaxckpt", *command.split()],
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
+    done = on_eight_devices("-m", "jaxckpt", *command.split())
     assert done.returncode == 2 and "a batch of 12 cannot be split over data=8; take multiples of 8" in done.stderr

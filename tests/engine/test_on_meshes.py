@@ -1,12 +1,10 @@
 """Stacks over eight simulated devices: gradients are those of a plain loop on one, and nothing is sent for pieces alone."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+
+from tests.support import on_eight_devices
 
 MESHES = ["data", "fsdp", "tensor", "fsdp x tensor"]
 KNOBS = {
@@ -24,14 +22,7 @@ def on_eight(cases):
 
 def said_by(module, *args):
     """What a program for eight devices prints last, as JSON."""
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, "-m", module, *args],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
+    done = on_eight_devices("-m", module, *args)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

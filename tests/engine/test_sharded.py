@@ -1,12 +1,10 @@
 """Sharded parameters and batches, over 8 simulated devices: the reversal engine's gradients, and bytes per device."""
 
-import os
-import subprocess
-import sys
 import textwrap
-from pathlib import Path
 
 import pytest
+
+from tests.support import on_eight_devices
 
 # Several devices have to be asked for before JAX starts, hence a process of its own. It prints one line per setting.
 ON_EIGHT_DEVICES = """
@@ -48,14 +46,7 @@ ON_EIGHT_DEVICES = """
 
 @pytest.mark.parametrize("sharded", ["data-parallel", "fsdp", pytest.param("fsdp, last axis", marks=pytest.mark.full)])
 def test_no_more_bytes_per_device_than_the_scan_engine(sharded):
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(ON_EIGHT_DEVICES), sharded],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
+    done = on_eight_devices("-c", textwrap.dedent(ON_EIGHT_DEVICES), sharded)
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
     assert len(rows) == 6
