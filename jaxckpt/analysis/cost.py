@@ -10,9 +10,11 @@
 | `scan` | length times its body | length times its body |
 | `cond` | its most expensive branch | the same |
 | `while` | its body once, marked as a guess | the same |
+| collectives (`psum`, `all_gather`, ...) | none | what a ring of many devices sends, over the link to other devices |
 | everything else (custom calls, kernels) | none | inputs and outputs, marked as a guess |
 
-Rates and bandwidths are those of the target (`jaxckpt.targets`), or `REFERENCE`.
+Rates and bandwidths are those of the target (`jaxckpt.targets`), or `REFERENCE`. Collectives are seen here where the block
+names them, inside of `shard_map`; those that the compiler puts in are told by `jaxckpt.planning.shards`.
 """
 
 import math
@@ -50,6 +52,9 @@ _CALLS = frozenset(
     call_hi_primitive shard_map
     """.split()
 )
+_SUMS = frozenset("psum psum_invariant pmax pmin".split())
+_GATHERS = frozenset("all_gather all_gather_invariant all_gather_reduced reduce_scatter".split())
+_EXCHANGES = frozenset("all_to_all ragged_all_to_all ppermute pbroadcast".split())
 FUSED = 0.25  # how much of a fusible equation's traffic remains
 _DEAR = frozenset("dot_general conv_general_dilated scan while sort top_k approx_top_k fft".split())
 
@@ -57,14 +62,17 @@ _DEAR = frozenset("dot_general conv_general_dilated scan while sort top_k approx
 class Rates(NamedTuple):
     """What the time model knows of a device: bytes per second, and operations per second by dtype.
 
-    `host_bandwidth` is that of the link to the host's memory, one direction; `fresh_bandwidth` that of memory which is
-    touched for the first time, where that costs more, as on CPUs (page faults).
+    `host_bandwidth` is that of the link to the host's memory, one direction; `link_bandwidth` that to other devices of the
+    host, `network_bandwidth` that to other hosts; `fresh_bandwidth` that of memory which is touched for the first time,
+    where that costs more, as on CPUs (page faults).
     """
 
     memory_bandwidth: float
     matmul_rate: Mapping[str, float]
     vector_rate: Mapping[str, float]
     host_bandwidth: float
+    link_bandwidth: float
+    network_bandwidth: float
     fresh_bandwidth: float = float("inf")
 
 
@@ -74,6 +82,8 @@ REFERENCE = Rates(
     matmul_rate={"bfloat16": 9.89e14, "float16": 9.89e14, "float32": 4.94e14, "float64": 6.69e13},
     vector_rate={"float32": 6.69e13, "float64": 3.35e13},
     host_bandwidth=6.4e10,
+    link_bandwidth=4.5e11,
+    network_bandwidth=5e10,
 )
 # Of a few CPU cores: a guess, for a machine that was not calibrated (`jaxckpt.memory.calibrate`).
 CPU = Rates(
@@ -81,6 +91,8 @@ CPU = Rates(
     matmul_rate={"bfloat16": 2e10, "float16": 2e10, "float32": 1e11, "float64": 5e10},
     vector_rate={"float32": 2e10, "float64": 1e10},
     host_bandwidth=1e10,
+    link_bandwidth=1e10,
+    network_bandwidth=1e10,
     fresh_bandwidth=2e9,
 )
 
@@ -128,6 +140,8 @@ def cost(eqn: Any, gpu: Any) -> Cost:
         dtype = eqn.invars[0].aval.dtype
         is_known = dtype.name in {*gpu.matmul_rate, *gpu.vector_rate}
         return Cost(max(matmul_operations(eqn) / rate(gpu, dtype), moved), is_guess=not is_known)
+    if name in _SUMS | _GATHERS | _EXCHANGES:
+        return Cost(_sent_bytes(eqn) / gpu.link_bandwidth)
     inner = [_total(jaxpr, gpu) for jaxpr in inner_jaxprs(eqn)]
     if name == "scan":
         return Cost(eqn.params["length"] * inner[0].seconds, inner[0].is_guess)
@@ -158,6 +172,14 @@ def is_dear(eqn: Any) -> bool:
 def _total(jaxpr: Any, gpu: Any) -> Cost:
     costs = [cost(eqn, gpu) for eqn in jaxpr.eqns]
     return Cost(sum(c.seconds for c in costs), any(c.is_guess for c in costs))
+
+
+def _sent_bytes(eqn: Any) -> int:
+    """What each device sends for a collective."""
+    given, made = (sum(nbytes(var.aval) for var in variables(vars)) for vars in (eqn.invars, eqn.outvars))
+    if eqn.primitive.name in _GATHERS:
+        return abs(made - given)
+    return (2 if eqn.primitive.name in _SUMS else 1) * given
 
 
 def matmul_operations(eqn: Any) -> int:

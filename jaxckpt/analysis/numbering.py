@@ -20,8 +20,13 @@ def scope(number: int) -> AbstractContextManager[Any]:
     return jax.named_scope(f"{_NUMBER}{number}")
 
 
-def as_function(closed: Any, numbers: Iterable[int], scope: Scope | None) -> Callable[..., list[Any]]:
-    """A function of flat arguments that runs the jaxpr, each equation in the scope of its number, if there is one."""
+def as_function(
+    closed: Any, numbers: Iterable[int], scope: Scope | None, look: Callable[[int, list[Any]], None] | None = None
+) -> Callable[..., list[Any]]:
+    """A function of flat arguments that runs the jaxpr, each equation in the scope of its number, if there is one.
+
+    `look` is called with each number and the outputs of that equation.
+    """
     if scope is None:
         return jx.as_function(closed)
 
@@ -33,7 +38,10 @@ def as_function(closed: Any, numbers: Iterable[int], scope: Scope | None) -> Cal
 
         for i, eqn in zip(numbers, closed.jaxpr.eqns, strict=False):
             with scope(i):
-                values.update(zip(eqn.outvars, run_equation(eqn, map(read, eqn.invars)), strict=True))
+                made = run_equation(eqn, map(read, eqn.invars))
+            if look is not None:
+                look(i, made)
+            values.update(zip(eqn.outvars, made, strict=True))
         return [read(var) for var in closed.jaxpr.outvars]
 
     return run
@@ -59,5 +67,10 @@ def residual_bytes(closed: Any) -> list[int]:
 
 def number_of(eqn: Any) -> int | None:
     """Which equation of a numbered jaxpr this one comes of."""
-    found = re.search(rf"{_NUMBER}(\d+)", str(eqn.source_info.name_stack))
+    return number_in(str(eqn.source_info.name_stack))
+
+
+def number_in(name: str) -> int | None:
+    """The number that a name holds, of JAX's stack of scopes or of a compiled instruction."""
+    found = re.search(rf"{_NUMBER}(\d+)", name)
     return None if found is None else int(found[1])

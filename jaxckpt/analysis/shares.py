@@ -1,4 +1,4 @@
-"""What one of several devices has of a block: of its values, and of its work."""
+"""What one of several devices has of a block: of its values, of its work, and of what is sent."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,10 +18,15 @@ class Shares:
     Fields:
         inputs: of what the block is given: slices of `xs`, the carry, shared arrays.
         outputs: of each equation, of each of its outputs.
+        sending: seconds that each equation sends for, whenever it is run.
+        gathering: seconds that one run of the block gathers parameters for, and what depends on them alone. A block that is
+            run again to be differentiated at once has to gather them for that anyway.
     """
 
     inputs: tuple[float, ...]
     outputs: tuple[tuple[float, ...], ...]
+    sending: tuple[float, ...]
+    gathering: float
 
     def of_work(self, jaxpr: Any, parameters: Sequence[int]) -> tuple[float, ...]:
         """Which part of each equation's work one device does.
@@ -39,6 +44,12 @@ class Shares:
             found.append(1.0 if eqn.primitive.name == "shard_map" else min([*made, *given], default=1.0))
         return tuple(found)
 
+    def seconds(self, jaxpr: Any, parameters: Sequence[int], rates: Any) -> list[float]:
+        """What running each equation takes one device, see `jaxckpt.analysis.cost`."""
+        work = self.of_work(jaxpr, parameters)
+        whole = (cost(eqn, rates).seconds for eqn in jaxpr.eqns)
+        return [seconds * share + sent for seconds, share, sent in zip(whole, work, self.sending, strict=True)]
+
 
 _recent: Recent[Tradeoff] = Recent()
 
@@ -52,22 +63,28 @@ def tradeoff_of_one(closed: Any, rates: Any, parameters: Sequence[int], shares: 
 def _of_one(trade: Tradeoff, closed: Any, rates: Any, parameters: Sequence[int], shares: Shares) -> Tradeoff:
     graph, work = trade.graph, shares.of_work(closed.jaxpr, parameters)
     held: dict[int, float] = {}  # of each value that the block computes, and of each that is tagged
-    done: dict[int, float] = {}  # of each equation of the graph that is one of the block
+    of_block: dict[int, int] = {}  # which of the block an equation of the graph is
     for v, name in enumerate(trade.names):
         if name and (output := tagging.output_of(name)) is not None:
             i, k = output
             before = graph.needs[graph.made_by[v]]
             held |= dict.fromkeys([v, *before], shares.outputs[i][k])
-            done |= {graph.made_by[u]: work[i] for u in before}
+            of_block |= {graph.made_by[u]: i for u in before}
     costs = [cost(eqn, rates).seconds for eqn in closed.jaxpr.eqns]
-    forward_seconds = sum(seconds * share for seconds, share in zip(costs, work, strict=True))
+    computing = sum(seconds * share for seconds, share in zip(costs, work, strict=True))
     # What derivatives compute beside, and what is inside of equations, is split as the others are in the mean.
     sized = [(size, held[v]) for v, size in enumerate(graph.sizes) if size and v in held]
     in_mean = sum(size * share for size, share in sized) / (sum(size for size, _ in sized) or 1)
-    of_work = forward_seconds / (sum(costs) or 1.0)
+    of_work = computing / (sum(costs) or 1.0)
+
+    def of_one(e: int, seconds: float) -> float:
+        i = of_block.get(e)
+        return seconds * of_work if i is None else seconds * work[i] + shares.sending[i]
+
     local = graph._replace(
         sizes=[None if size is None else round(size * held.get(v, in_mean)) for v, size in enumerate(graph.sizes)],
-        seconds=[seconds * done.get(e, of_work) for e, seconds in enumerate(graph.seconds)],
+        seconds=[of_one(e, seconds) for e, seconds in enumerate(graph.seconds)],
     )
     wanted = {v: round(size * held.get(v, in_mean)) for v, size in trade.wanted.items()}
+    forward_seconds = computing + sum(shares.sending) + shares.gathering
     return replace(trade, graph=local, wanted=wanted, forward_seconds=forward_seconds)

@@ -58,9 +58,16 @@ def _measured(target: Target) -> Rates:
         for dtype in _DTYPES:
             a = jnp.ones((size, size), dtype)
             matmul[dtype] = 2 * size**3 / _seconds(jax.jit(jnp.matmul), a, a)
-    link = CPU.host_bandwidth if is_cpu else (target.gpu or REFERENCE).host_bandwidth  # published
-    fresh = CPU.fresh_bandwidth if is_cpu else float("inf")
-    return Rates(bandwidth, {**matmul, "float16": matmul["bfloat16"]}, {"float32": vector}, link, fresh)
+    links = CPU if is_cpu else target.gpu or REFERENCE  # published
+    return Rates(
+        memory_bandwidth=bandwidth,
+        matmul_rate={**matmul, "float16": matmul["bfloat16"]},
+        vector_rate={"float32": vector},
+        host_bandwidth=links.host_bandwidth,
+        link_bandwidth=links.link_bandwidth,
+        network_bandwidth=links.network_bandwidth,
+        fresh_bandwidth=CPU.fresh_bandwidth if is_cpu else float("inf"),
+    )
 
 
 def _seconds(fn: Any, *args: Any) -> float:
@@ -93,6 +100,6 @@ def _is_whole(fields: Any) -> bool:
     tables = [fields["matmul_rate"], fields["vector_rate"]]
     if not all(isinstance(table, dict) and "float32" in table for table in tables):
         return False
-    links = [fields[f"{name}_bandwidth"] for name in ("memory", "host", "fresh")]
+    links = [fields[f"{name}_bandwidth"] for name in ("memory", "host", "link", "network", "fresh")]
     rates = [*links, *(rate for table in tables for rate in table.values())]
     return all(isinstance(rate, (int, float)) and rate > 0 for rate in rates)

@@ -3,15 +3,21 @@
 What stands in the body of a loop counts as often as XLA says that the loop is run, and once where it cannot say; of branches
 the one counts in which most is sent. Bytes are those of a ring over the `n` devices of a group: `(n - 1) / n` of the whole
 value for what gathers, scatters or exchanges it, and twice as much for an all-reduce, which is one of each (Patarasuk and
-Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", 2009).
+Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", 2009). Rings between hosts are as many as a
+group has devices in each, so that each device's link to the network carries its part.
 """
 
 import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxckpt.memory.targets import PER_HOST
 
 KINDS = (
     "all-gather",
@@ -38,15 +44,46 @@ class Collective:
     sent_bytes: int
 
 
+class Call(NamedTuple):
+    """A collective of a program.
+
+    Fields:
+        number: of times that it is run in one call of the program. sent_bytes: by each device, all together.
+        group: the devices that one of them joins, as the program numbers them.
+        scope: where it comes from, as JAX names it. inputs: those of the program that it depends on, as JAX names them;
+            none are told where it stands in a loop or a branch.
+    """
+
+    kind: str
+    number: int
+    sent_bytes: float
+    group: tuple[int, ...]
+    scope: str
+    inputs: frozenset[str]
+
+    def seconds(self, rates: Any) -> float:
+        """What sending takes, by the links of `rates`, see `jaxckpt.analysis.cost`."""
+        hosts = Counter(device // PER_HOST for device in self.group)
+        bandwidth = rates.link_bandwidth
+        if len(hosts) > 1:
+            bandwidth = min(bandwidth, rates.network_bandwidth * min(hosts.values()))
+        return self.sent_bytes / bandwidth
+
+
 def collectives(text: str, devices: int) -> tuple[Collective, ...]:
     """Those of one call of a program on so many devices, whose compiled text this is; what sends most first."""
-    program = _Program(text, devices)
-    number, sent = program.of(program.entry)
+    number, sent = Counter[str](), Counter[str]()
+    for call in calls(text, devices):
+        number[call.kind] += call.number
+        sent[call.kind] += call.sent_bytes  # pyright: ignore[reportArgumentType]
     kinds = sorted(number, key=lambda kind: (-sent[kind], kind))
-    return tuple(Collective(kind, int(number[kind]), round(sent[kind])) for kind in kinds)
+    return tuple(Collective(kind, number[kind], round(sent[kind])) for kind in kinds)
 
 
-_Counts = tuple[Counter[str], Counter[str]]  # number, and bytes, by kind
+def calls(text: str, devices: int) -> list[Call]:
+    """The same, each where it stands in the program."""
+    program = _Program(text, devices)
+    return program.of(program.entry)
 
 
 class _Program:
@@ -63,32 +100,76 @@ class _Program:
                 current.append(line)
         self.of = functools.cache(self._of)
 
-    def _of(self, name: str) -> _Counts:
-        return _sum(map(self._of_line, self.lines.get(name, [])))
+    def _of(self, name: str) -> list[Call]:
+        inputs = _inputs(self.lines.get(name, [])) if name == self.entry else {}
+        return [call for line in self.lines.get(name, []) for call in self._of_line(line, inputs)]
 
-    def _of_line(self, line: str) -> _Counts:
+    def _of_line(self, line: str, inputs: Mapping[str, frozenset[str]]) -> list[Call]:
         if found := re.search(r" = (.*?) (" + "|".join(KINDS) + r")(-start)?\(", line):
             result, kind, is_start = found.groups()
-            return Counter({kind: 1}), Counter({kind: _sent(kind, _whole(kind, result, bool(is_start)), self._group(line))})
+            group = _group(line, self.devices)
+            sent = _sent(kind, _whole(kind, result, bool(is_start)), len(group))
+            return [Call(kind, 1, sent, group, _scope(line), inputs.get(_name(line), frozenset()))]
         if re.search(r" async-(?:done|update)\(", line):  # what was started, and counted there
-            return Counter(), Counter()
+            return []
         if body := re.search(r"\bbody=%?([\w.-]+)", line):
-            trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-            return _times(int(trips[1]) if trips else 1, self.of(body[1]))
+            found = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+            trips = int(found[1]) if found else 1
+            return [c._replace(number=trips * c.number, sent_bytes=trips * c.sent_bytes) for c in self.of(body[1])]
         branches = re.findall(r"(?:true|false)_computation=%?([\w.-]+)", line)
         if listed := re.search(r"branch_computations=\{([^}]*)\}", line):
             branches += re.findall(r"%?([\w.-]+)", listed[1])
         if branches:
-            return max(map(self.of, branches), key=lambda counts: (counts[1].total(), counts[0].total()))
-        return _sum(self.of(name) for name in re.findall(r"\b(?:calls|to_apply)=%?([\w.-]+)", line))
+            return max(map(self.of, branches), key=lambda calls: (sum(c.sent_bytes for c in calls), len(calls)))
+        called = [call for name in re.findall(r"\b(?:calls|to_apply)=%?([\w.-]+)", line) for call in self.of(name)]
+        of_line = inputs.get(_name(line), frozenset()) if called else frozenset()
+        return [call._replace(inputs=of_line) for call in called]
 
-    def _group(self, line: str) -> int:
-        """The number of devices that a collective joins."""
-        if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
-            return len(listed[1].split(","))
-        if regular := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
-            return int(regular[2])
-        return self.devices
+
+def _inputs(lines: Iterable[str]) -> dict[str, frozenset[str]]:
+    """Of each instruction, the inputs of the program that it depends on."""
+    found: dict[str, frozenset[str]] = {}
+    for line in lines:  # which XLA prints in an order in which they can be run
+        if begin := re.search(r" = .*? ([a-z][\w-]*)\(([^)]*)\)", line):
+            op, operands = begin.groups()
+            of_operands = (found.get(operand, frozenset()) for operand in re.findall(r"%([\w.-]+)", operands))
+            found[_name(line)] = frozenset([_scope(line)]) if op == "parameter" else frozenset().union(*of_operands)
+    return found
+
+
+def _name(line: str) -> str:
+    found = re.match(r"\s*(?:ROOT )?%?([\w.-]+) = ", line)
+    return found[1] if found else ""
+
+
+def _scope(line: str) -> str:
+    found = re.search(r'op_name="([^"]*)"', line)
+    return found[1] if found else ""
+
+
+def _group(line: str, devices: int) -> tuple[int, ...]:
+    """The devices that a collective joins; of several such groups the first."""
+    if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", line):
+        return tuple(map(int, listed[1].split(",")))
+    if regular := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+        numbers = np.arange(devices).reshape([int(n) for n in regular[3].split(",")])
+        if regular[4]:
+            numbers = numbers.transpose([int(n) for n in regular[4].split(",")])
+        return tuple(numbers.reshape(int(regular[1]), int(regular[2]))[0].tolist())
+    if on_mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", on_mesh[1])}
+        numbers = np.arange(devices).reshape([*sizes.values()])
+        joined = re.findall(r"'([^']*)'(?::\((\d+)\)(\d+))?", on_mesh[2])  # 'x':(2)4 are 4 behind 2 of the axis
+        taken = [[0]] * len(sizes)
+        for i, (name, size) in enumerate(sizes.items()):
+            offsets = [0]
+            for axis, before, own in joined:
+                if axis == name:
+                    step = size // (int(before) * int(own)) if before else 1
+                    offsets = [o + step * k for o in offsets for k in range(int(own) if before else size)]
+            taken[i] = offsets
+        return tuple(numbers[np.ix_(*taken)].ravel().tolist())
+    return tuple(range(devices))
 
 
 def _whole(kind: str, result: str, is_start: bool) -> tuple[int, bool]:
@@ -129,15 +210,3 @@ def _size(result: str) -> int:
         bits = int(found[0]) if (found := re.findall(r"\d+", dtype)) else 8
         total += -(-math.prod(map(int, filter(None, shape.split(",")))) * bits // 8)
     return total
-
-
-def _sum(counts: Iterable[_Counts]) -> _Counts:
-    number, sent = Counter[str](), Counter[str]()
-    for more, bytes_more in counts:
-        number.update(more)
-        sent.update(bytes_more)
-    return number, sent
-
-
-def _times(trips: int, counts: _Counts) -> _Counts:
-    return Counter({k: trips * n for k, n in counts[0].items()}), Counter({k: trips * n for k, n in counts[1].items()})

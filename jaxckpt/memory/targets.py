@@ -26,7 +26,7 @@ from jaxckpt._leaves import is_shaped
 from jaxckpt.flax.steps import holds_objects, split_objects
 
 _DATA = resources.files("jaxckpt.memory") / "gpus"
-_PER_HOST = 8  # more GPUs than these are spread over hosts
+PER_HOST = 8  # more GPUs than these are spread over hosts
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Gpu:
     """Published facts about a GPU: one file of `jaxckpt/memory/gpus`, or a user's own of the same form.
 
     Sizes in bytes, bandwidths in bytes per second, rates in operations per second (a multiplication and an addition are
-    two).
+    two). A file need not say how GPUs are joined: then by the link to the host.
     """
 
     description: str  # as the device names itself: jax.devices()[0].device_kind
@@ -51,6 +51,12 @@ class Gpu:
     shared_memory_per_block: int
     matmul_rate: Mapping[str, float] = field(hash=False)  # by dtype
     vector_rate: Mapping[str, float] = field(hash=False)  # by dtype, outside the matrix units
+    link_bandwidth: float = 0.0  # from one GPU to the others of a host, one direction
+    network_bandwidth: float = 0.0  # from one GPU to other hosts, one direction
+
+    def __post_init__(self) -> None:
+        for name in ("link_bandwidth", "network_bandwidth"):
+            object.__setattr__(self, name, getattr(self, name) or self.host_bandwidth)
 
     def _text(self) -> str:
         """The description that XLA reads (a `GpuTargetConfigProto`)."""
@@ -151,20 +157,24 @@ class Target:
             return whole(self.place(parts))
         return jax.tree_util.tree_map_with_path(shape_of, tree)
 
-    def compile(self, lowered: Any) -> Any:
+    def compile(self, lowered: Any, options: Mapping[str, Any] | None = None) -> Any:
         """Compiles what was lowered for the target, for the sizes of its buffers where the target is only described.
 
         There nothing can be timed, and XLA takes the first kernel of each product, after it has compiled all of them:
         without autotuning it takes the same one, in two thirds of the time. But it has no first one for some: a program with
         such is compiled again, as usual.
+
+        Arguments:
+            options: XLA's, beside.
         """
+        options = dict(options or {})
         if not self.is_present:
             try:
-                return lowered.compile(compiler_options={"xla_gpu_autotune_level": 0})
+                return lowered.compile(compiler_options={"xla_gpu_autotune_level": 0, **options})
             except jax.errors.JaxRuntimeError as error:
                 if "config" not in str(error):  # "No supported config found for HLO: ..."
                     raise
-        return lowered.compile()
+        return lowered.compile(compiler_options=options or None)
 
     def _sharding(self, given: Any, path: str) -> Any:
         kind = given.memory_kind if given is not None and given.memory_kind == "pinned_host" else None
@@ -233,8 +243,8 @@ def get(target: "str | os.PathLike[str] | Target") -> Target:
     if name in ("attached", "cpu"):
         return _present(text, jax.devices("cpu") if name == "cpu" else jax.devices(), count)
     gpu = _read(Path(name)) if name.endswith(".toml") or os.sep in name else _known(name)
-    if count > _PER_HOST and count % _PER_HOST:
-        raise ValueError(f"target {text!r}: {count} GPUs are not whole hosts of {_PER_HOST}; use a multiple of {_PER_HOST}")
+    if count > PER_HOST and count % PER_HOST:
+        raise ValueError(f"target {text!r}: {count} GPUs are not whole hosts of {PER_HOST}; use a multiple of {PER_HOST}")
     return Target(text, count, gpu)
 
 
@@ -299,12 +309,12 @@ def _parse(text: str, where: str) -> Gpu:
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{where} is not TOML: {error}; {example}") from None
     wanted = {f.name: f.type for f in fields(Gpu)}
-    if missing := sorted(wanted.keys() - found.keys()):
+    if missing := sorted(wanted.keys() - found.keys() - {"link_bandwidth", "network_bandwidth"}):
         unknown = f", and {', '.join(extra)} is not known" if (extra := sorted(found.keys() - wanted.keys())) else ""
         raise ValueError(f"{where} does not say {', '.join(missing)}{unknown}; {example}")
     if unknown := sorted(found.keys() - wanted.keys()):
         raise ValueError(f"{where} says {', '.join(unknown)}, which no GPU has here; {example}")
-    for key, kind in wanted.items():
+    for key, kind in ((key, kind) for key, kind in wanted.items() if key in found):
         allowed = {int: (int,), float: (int, float), str: (str,)}.get(kind, (dict,))  # pyright: ignore[reportArgumentType]
         values = found[key].values() if isinstance(found[key], dict) else [found[key]]
         positive = all(isinstance(v, (int, float)) and not isinstance(v, bool) and 0 < v < 2**62 for v in values)
@@ -324,7 +334,7 @@ _WANTED: dict[Any, str] = {int: "a positive integer", float: "a positive number"
 
 @functools.cache
 def _described(gpu: Gpu, count: int) -> tuple[Any, ...]:
-    per_host = min(count, _PER_HOST)
+    per_host = min(count, PER_HOST)
     try:
         topology = topologies.get_topology_desc(
             platform="cuda",

@@ -1,7 +1,6 @@
 """What a block takes in pieces: bytes of the largest, and seconds for what enters each and for slices."""
 
-import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple, cast
 
 from jaxckpt._plan import Knobs
@@ -10,6 +9,7 @@ from jaxckpt._setting import Tiles as Most
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis import tagging
 from jaxckpt.analysis.cost import cost
+from jaxckpt.analysis.shares import Shares
 from jaxckpt.analysis.slices_cost import slicing_seconds
 from jaxckpt.analysis.stages import run_before_pieces
 from jaxckpt.analysis.tiles import Tilings
@@ -44,7 +44,7 @@ def cuts_of(
     kept: Iterable[tuple[str, ...]],
     carry_bytes: int,
     rates: Any,
-    work: Sequence[float] | None = None,
+    shares: Shares | None = None,
     held: float = 1.0,
 ) -> dict[str | None, Cut]:
     """The block in stages and in tiles, by `Knobs.pieces`, each where there is something to cut or to slice.
@@ -54,7 +54,7 @@ def cuts_of(
     Arguments:
         merged: the block, inlined and merged. kept: names of its values that may be kept together, see `tagging.value_name`.
         rates: as in `jaxckpt.analysis.cost`.
-        work: which part of each equation's one device does, see `Shares`; all of it by default.
+        shares: what one device has of the block; all of it by default.
         held: which part of a piece's values one device holds, in the mean.
     """
     slices, found = len(run.leaves[0]), {}
@@ -68,9 +68,10 @@ def cuts_of(
         longer = sum(slicing_seconds(flat.jaxpr, piece.tiles, rates) for piece in pieces if piece.tiles)
         is_run_again = run.is_stack or single.is_run_again(flat, pieces, run.leaves[2])
         seconds = [cost(eqn, rates).seconds for eqn in flat.jaxpr.eqns]
-        if work is not None:  # `flat` has the same equations, as it was flat
-            longer *= sum(map(operator.mul, seconds, work)) / (sum(seconds) or 1.0)
-            seconds = list(map(operator.mul, seconds, work))
+        if shares is not None:  # `flat` has the same equations, as it was flat
+            of_one = shares.seconds(flat.jaxpr, run.parameters, rates)
+            longer *= (sum(of_one) - sum(shares.sending)) / (sum(seconds) or 1.0)
+            seconds = of_one
         entering = {}
         for names in kept:
             outputs = filter(None, map(tagging.output_of, names))

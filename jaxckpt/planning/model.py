@@ -136,14 +136,14 @@ class Stack:
         carry = [(jx.nbytes(jax.typeof(run.leaves[1][i])), len(run.leaves[0]) + i) for i in run.moving]
         self.trade: Tradeoff = tradeoff_of(merged, rates, run.parameters)
         if shares is None:
-            self.carry_bytes, of_one = sum(size for size, _ in carry), {}
+            self.carry_bytes, held = sum(size for size, _ in carry), 1.0
         else:
             whole = self.trade.wanted_bytes
             self.trade = tradeoff_of_one(merged, rates, run.parameters, shares)
             self.carry_bytes = sum(round(size * shares.inputs[i]) for size, i in carry)
-            of_one = {"work": shares.of_work(merged.jaxpr, run.parameters), "held": self.trade.wanted_bytes / (whole or 1)}
+            held = self.trade.wanted_bytes / (whole or 1)
         kept = [(), *(choice.names for choice in self.trade.choices)]
-        self.cuts = cuts_of(run, merged, kept, self.carry_bytes, rates, **of_one)
+        self.cuts = cuts_of(run, merged, kept, self.carry_bytes, rates, shares, held)
         is_batched = any(jx.is_batched(leaf) for part in run.leaves for leaf in part)
         self.can_be_alone = not is_batched and not jx.collective_axes(run.closed)
         xs, carried, arrays = [[_type(leaf) for leaf in part] for part in run.leaves]

@@ -129,7 +129,7 @@ def plan(
     rates = calibrated(where) if calibrate else rates_of(where)
     _ = where.devices  # a missing plugin is said before anything is traced
     with Progress("plan", unit="compilation", shown=progress) as bar:
-        split = _split(step, args, where, target is None, bar) if where.count > 1 else None
+        split = _split(step, args, where, rates, target is None, bar) if where.count > 1 else None
         shares = {} if split is None else split.shares
         stacks, program, fixed = _stacks(step, args, lambda run: Stack(run, rates, shares.get(str(run.setting.plan))))
         answers = _answers_of(step, (program, str(where.devices[0]), where.count, str(rates)))
@@ -317,13 +317,13 @@ def _limit(budget: str | int | None, objective: str, where: targets.Target) -> f
     return int(budget)
 
 
-def _split(step: Callable[..., Any], args: Any, where: targets.Target, as_given: bool, bar: Progress) -> Split:
+def _split(step: Callable[..., Any], args: Any, where: targets.Target, rates: Any, as_given: bool, bar: Progress) -> Split:
     """How the step is split over the devices, which is asked once for each program."""
     names, program, _ = _stacks(step, args, lambda run: None)
-    answers = _answers_of(step, ("split", program, str(where.devices[0]), where.count))
+    answers = _answers_of(step, ("split", program, str(where.devices[0]), where.count, str(rates)))
     if answers.split is None:
         bar.doing("compiling the step under default knobs, to see how it is split over the devices")
-        answers.split = split_of(step, args, where, as_given, names)
+        answers.split = split_of(step, args, where, rates, as_given, names)
         bar.advance()
     return answers.split
 

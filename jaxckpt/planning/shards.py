@@ -2,8 +2,9 @@
 
 A jaxpr has the shapes of whole arrays; how they are split over the devices the compiler decides, from the shardings of a
 step's arguments and the constraints in it. It is asked twice: the step is compiled under its default knobs, with the inputs
-of its stacks looked at, and the forward pass of one block is compiled with its inputs split so, and all of its values looked
-at (`jax.debug.inspect_array_sharding`). Inside `shard_map` along all axes shapes are those of one device already.
+of its stacks looked at, and the forward pass of one block is compiled with its inputs split so, all of its values looked at
+(`jax.debug.inspect_array_sharding`), and what it sends for which equation. Inside `shard_map` along all axes, shapes are
+those of one device already.
 """
 
 import functools
@@ -16,15 +17,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxckpt._plan import Knobs, under
-from jaxckpt.analysis import inlining
+from jaxckpt.analysis import inlining, numbering
 from jaxckpt.analysis import jaxpr as jx
-from jaxckpt.analysis.numbering import run_equation
 from jaxckpt.analysis.shares import Shares
 from jaxckpt.engine.run import Run
+from jaxckpt.memory.collectives import calls
 from jaxckpt.memory.explain import observing
 from jaxckpt.memory.measure import measure
 from jaxckpt.memory.meshes import mesh_on
@@ -45,10 +45,11 @@ class Split(NamedTuple):
     peak_bytes: int
 
 
-def split_of(step: Callable[..., Any], args: Any, where: Target, as_given: bool, names: Iterable[str]) -> Split:
+def split_of(step: Callable[..., Any], args: Any, where: Target, rates: Any, as_given: bool, names: Iterable[str]) -> Split:
     """Compiles a step, in which stacks of these names are to be planned, under default knobs.
 
     Arguments:
+        rates: see `jaxckpt.analysis.cost`.
         as_given: the arguments lie where they are to be.
     """
     seen: dict[str, _Inputs] = {}
@@ -76,7 +77,7 @@ def split_of(step: Callable[..., Any], args: Any, where: Target, as_given: bool,
     shares = {}
     for name, inputs in seen.items():
         try:
-            shares[name] = _shares_of(inputs, where)
+            shares[name] = _shares_of(inputs, where, rates)
         except Exception as error:
             _warn(inputs.block, where, str(error).splitlines()[0])
     return Split(shares, found.argument_bytes + found.output_bytes - found.aliased_bytes, found.peak_bytes)
@@ -96,7 +97,7 @@ class _Inputs:
     def __init__(self, run: Run):
         self.block = run.names.block
         flat = inlining.merged(inlining.inlined(run.closed, checkpoints=True))
-        self.jaxpr, self.constants = flat.jaxpr, list(map(jax.typeof, flat.consts))
+        self.jaxpr, self.constants, self.parameters = flat.jaxpr, list(map(jax.typeof, flat.consts)), run.parameters
         self.leaves = [(jax.typeof(leaf), part == 0) for part, leaves in enumerate(run.leaves) for leaf in leaves]
         self.shardings: dict[int, Any] = {}
         for i, leaf in enumerate(leaf for leaves in run.leaves for leaf in leaves):
@@ -122,32 +123,39 @@ def _placed(aval: Any, sharding: Any, is_stacked: bool) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, aval.dtype, sharding=sharding, weak_type=aval.weak_type)
 
 
-def _shares_of(block: _Inputs, where: Target) -> Shares:
+# Or what is sent for several equations is sent at once, and named after the first.
+_ONE_BY_ONE = {f"xla_gpu_{kind}_combine_threshold_bytes": 0 for kind in ("all_gather", "all_reduce", "reduce_scatter")}
+
+
+def _shares_of(block: _Inputs, where: Target, rates: Any) -> Shares:
     """The shares of a block's values, as the compiler splits its forward pass."""
     jaxpr, given = block.jaxpr, block.types()
     found: dict[tuple[int, int], float] = {}
 
-    def look_at(value: Any, i: int, k: int) -> None:
-        aval = jax.typeof(value)
-        if _is_plain(value):
-            saw: Any = lambda sharding: found.setdefault((i, k), share_of(sharding, aval.shape))  # noqa: E731
-            jax.debug.inspect_array_sharding(value, callback=saw)
+    def look_at(i: int, made: list[Any]) -> None:
+        for k, value in enumerate(made):
+            if _is_plain(value):
+                jax.debug.inspect_array_sharding(value, callback=functools.partial(saw, (i, k), jax.typeof(value).shape))
+
+    def saw(place: tuple[int, int], shape: Sequence[int], sharding: Any) -> None:
+        found[place] = share_of(sharding, shape)
 
     def forward(constants: list[Any], inputs: list[Any]) -> list[Any]:
-        values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *inputs], strict=True))
-        read = lambda var: var.val if isinstance(var, core.Literal) else values[var]  # noqa: E731
-        for i, eqn in enumerate(jaxpr.eqns):
-            made = run_equation(eqn, map(read, eqn.invars))
-            for k, value in enumerate(made):
-                look_at(value, i, k)
-            values.update(zip(eqn.outvars, made, strict=True))
-        return [read(var) for var in jaxpr.outvars]
+        closed = jx.closed(jaxpr, constants)
+        return numbering.as_function(closed, itertools.count(), numbering.scope, look_at)(*inputs)
 
     constants = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in block.constants]
     with mesh_on(where):
-        where.compile(jax.jit(forward).lower(constants, given))
+        text = where.compile(jax.jit(forward).lower(constants, given), _ONE_BY_ONE).as_text()
     outputs = tuple(tuple(found.get((i, k), 1.0) for k in range(len(eqn.outvars))) for i, eqn in enumerate(jaxpr.eqns))
-    return Shares(tuple(share_of(leaf.sharding, leaf.shape) for leaf in given), outputs)
+    sending, gathering = [0.0] * len(jaxpr.eqns), 0.0
+    of_parameters = {f"inputs[{i}]" for i in block.parameters}
+    for call in calls(text, where.count):
+        if call.inputs and call.inputs <= of_parameters:
+            gathering += call.seconds(rates)
+        elif (number := numbering.number_in(call.scope)) is not None:
+            sending[number] += call.seconds(rates)
+    return Shares(tuple(share_of(leaf.sharding, leaf.shape) for leaf in given), outputs, tuple(sending), gathering)
 
 
 def share_of(sharding: Any, shape: Sequence[int]) -> float:

@@ -9,7 +9,12 @@ import pytest
 from jaxckpt.analysis.cost import CPU, FUSED, cost, step_seconds
 
 # A byte takes 1 s; a bfloat16 operation of the matrix units 1 s, a float32 one 4 s.
-GPU = SimpleNamespace(memory_bandwidth=1.0, matmul_rate={"bfloat16": 1.0, "float32": 0.25}, vector_rate={"float32": 0.1})
+GPU = SimpleNamespace(
+    memory_bandwidth=1.0,
+    matmul_rate={"bfloat16": 1.0, "float32": 0.25},
+    vector_rate={"float32": 0.1},
+    link_bandwidth=0.5,
+)
 X = jnp.ones((4, 8), jnp.float32)
 
 
@@ -97,6 +102,23 @@ def test_branches_and_loops():
     assert found.seconds == 2 * one(jnp.sin, X).seconds
     loop = one(lambda x: jax.lax.while_loop(lambda c: c.sum() < 3, jnp.sin, x), X)
     assert loop == (one(jnp.sin, X).seconds, True)
+
+
+@pytest.mark.parametrize(
+    ("collective", "sent"),
+    [
+        (lambda x: jax.lax.psum(x, "i"), 2 * 32),
+        (lambda x: jax.lax.pmax(x, "i"), 2 * 32),
+        (lambda x: jax.lax.all_gather(x, "i"), 3 * 32),
+        (lambda x: jax.lax.all_gather(x, "i", tiled=True), 3 * 32),
+        (lambda x: jax.lax.psum_scatter(x, "i"), 3 / 4 * 32),
+        (lambda x: jax.lax.all_to_all(x, "i", 0, 0, tiled=True), 32),
+        (lambda x: jax.lax.ppermute(x, "i", [(0, 1), (1, 0)]), 32),
+    ],
+)
+def test_collectives_by_what_is_sent(collective, sent):
+    jaxpr = jax.make_jaxpr(collective, axis_env=[("i", 4)])(X).jaxpr
+    assert [cost(eqn, GPU) for eqn in jaxpr.eqns] == [(2 * 4 * sent, False)]
 
 
 def test_what_the_model_does_not_know_is_marked():

@@ -7,7 +7,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxckpt import checkpoint_scan, measure, targets
-from jaxckpt.memory.collectives import Collective, collectives
+from jaxckpt.memory.collectives import Collective, calls, collectives
 
 # Two loops, a branch, operations in two parts, tuples; as XLA prints it for GPUs, without fields that nobody reads.
 TEXT = """
@@ -58,6 +58,60 @@ def test_a_program_with_all_of_them():
         Collective("collective-permute", 1, 2048),
         Collective("all-reduce", 5 + 2, round(5 * 2 * 1 / 2 * 128 + 2 * 2 * 7 / 8 * 256)),
     )
+
+
+IN_GROUPS = """
+ENTRY %main (w: f32[64,8], x: f32[64]) -> f32[64] {
+  %w = f32[64,8]{1,0} parameter(1), metadata={op_name="inputs[0]"}
+  %x.1 = f32[64]{0} parameter(0), metadata={op_name="inputs[1]"}
+  %half = bf16[64,8]{1,0} fusion(%w), kind=kLoop, calls=%convert
+  %g = bf16[64,32]{1,0} all-gather(%half), @, dimensions={1}, metadata={op_name="jit(f)/jaxckpt_equation_3/dot"}
+  %h = f32[64]{0} fusion(%x.1, /*index=1*/%g), kind=kLoop, calls=%product
+  %r = (f32[64]{0}, f32[64]{0}) all-reduce-start(%h), replica_groups={}, to_apply=%add
+  ROOT %d = f32[64]{0} all-reduce-done(%r)
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("written", "group"),
+    [
+        ("replica_groups={{1,5},{0,4}}", (1, 5)),
+        ("replica_groups=[2,8]<=[16]", tuple(range(8))),
+        ("replica_groups=[4,4]<=[4,4]T(1,0)", (0, 4, 8, 12)),
+        ("replica_groups=[4,4]<=[2,2,4]T(1,0,2)", (0, 1, 2, 3)),
+        ("replica_groups=mesh['data'=4,'tensor'=4] {'data'}", (0, 4, 8, 12)),
+        ("replica_groups=mesh['data'=4,'tensor'=4] {'tensor','data'}", tuple(range(16))),
+        ("replica_groups=mesh['data'=4,'tensor'=4] {'tensor':(1)2}", (0, 2)),
+        ("replica_groups=mesh['data'=4,'tensor'=4] {'data':(2)2,'tensor'}", tuple(range(8))),
+        ("source_target_pairs={{0,8},{8,0}}", (0, 8)),
+        ("channel_id=1", tuple(range(16))),
+    ],
+)
+def test_what_collectives_join(written, group):
+    """However XLA writes it down: lists, numbers in order, axes of a mesh and parts of them."""
+    gather, reduce = calls(IN_GROUPS.replace("@", written), 16)
+    assert gather.group == group and reduce.group == tuple(range(16))
+    assert gather.sent_bytes == (len(group) - 1) / len(group) * 64 * 32 * 2
+
+
+def test_what_collectives_depend_on():
+    gather, reduce = calls(IN_GROUPS, 16)
+    assert gather.inputs == {"inputs[0]"} and reduce.inputs == {"inputs[0]", "inputs[1]"}
+    assert gather.scope == "jit(f)/jaxckpt_equation_3/dot"
+
+
+@pytest.mark.parametrize(
+    ("written", "bandwidth"),
+    [
+        ("replica_groups=[2,8]<=[16]", 450e9),  # of one host
+        ("replica_groups=[1,16]<=[16]", 400e9),  # eight from each, each with its own link to the network
+        ("replica_groups=[8,2]<=[2,8]T(1,0)", 50e9),  # one from each
+    ],
+)
+def test_seconds_by_the_links_that_are_crossed(written, bandwidth):
+    call = calls(IN_GROUPS.replace("@", written), 16)[0]
+    assert call.seconds(targets.get("h200").gpu) == pytest.approx(call.sent_bytes / bandwidth)
 
 
 def test_nothing_is_sent():

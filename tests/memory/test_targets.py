@@ -43,8 +43,18 @@ def test_facts_are_plausible(name):
     assert (
         gpu.matmul_rate["bfloat16"] == gpu.matmul_rate["float16"] > gpu.matmul_rate["float32"] > gpu.matmul_rate["float64"]
     )
+    assert gpu.host_bandwidth <= gpu.link_bandwidth < gpu.memory_bandwidth and gpu.network_bandwidth > 2e10
+    assert gpu.network_bandwidth <= gpu.link_bandwidth
     of_cores = 2 * gpu.cores * gpu.fpus_per_core * gpu.clock_ghz * 1e9
     assert of_cores == pytest.approx(gpu.vector_rate["float32"], rel=0.1)
+
+
+def test_a_file_need_not_say_how_gpus_are_joined(tmp_path):
+    path = tmp_path / "mine.toml"
+    lines = (targets._DATA / "h200.toml").read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if not line.startswith(("link", "network"))))
+    gpu = targets.get(path).gpu
+    assert gpu.link_bandwidth == gpu.network_bandwidth == gpu.host_bandwidth == 6.4e10
 
 
 def test_present_devices():

@@ -11,7 +11,11 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxckpt import checkpoint_scan, measure, plan, targets
+from jaxckpt.analysis import inlining, tagging
+from jaxckpt.analysis.shares import tradeoff_of_one
+from jaxckpt.memory.explain import look_at_run
 from jaxckpt.planning import search
+from jaxckpt.planning.shards import split_of
 
 N, WIDTH, HIDDEN, BATCH = 12, 256, 1024, 16384
 # How parameters are split: whole, over the devices that split the batch, and over others beside these.
@@ -128,6 +132,48 @@ def test_a_budget_that_parameters_exceed(h200):
     said = r"is less than this step can do with: .* the argument \[1\] 1\.0 MiB"
     with pytest.raises(ValueError, match=said):
         of_eight(step, "64KiB")
+
+
+def shares_of(kind):
+    """Of one device of eight: of the block, as the plan of a step asks for them."""
+    mesh, step, args = on_eight(kind, AxisType.Auto, {"plan": "auto:s"})
+    where = targets.get("h200:8")
+    with jax.set_mesh(mesh):
+        return split_of(step, args, where, where.gpu, True, ["s"]).shares["s"]
+
+
+def test_what_is_sent_for_parameters_and_for_activations(h200):
+    """Parameters are gathered over the devices that split the batch; products along what is split are summed."""
+    link, parameters, carry = 4.5e11, 2 * WIDTH * HIDDEN * 2, BATCH * WIDTH * 2
+    fsdp = shares_of("fsdp")
+    assert fsdp.gathering == pytest.approx(7 / 8 * parameters / link) and not any(fsdp.sending)
+    tensor = shares_of("tensor")
+    assert tensor.gathering == pytest.approx(3 / 4 * parameters / 2 / link)
+    assert [seconds for seconds in tensor.sending if seconds] == [pytest.approx(carry / 4 / link)]
+
+
+def test_what_is_summed_over_devices_is_kept_where_links_are_slow(h200, tmp_path):
+    """Of two products of one size, the one behind which something is sent; over a fast link it is the one of more work."""
+    mesh = targets.get("h200:8").mesh((8,), ("tensor",), axis_types=(AxisType.Auto,))
+    given = lambda shape, spec: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec))  # noqa: E731
+    w = {"split": given((6, 2048, 2048), P(None, "tensor")), "whole": given((6, 2048, 2048), P())}
+    stack = checkpoint_scan(
+        lambda w, x: x + jnp.sin(jnp.sin(x) @ w["split"]) + jnp.sin(jnp.cos(x) @ w["whole"]), plan="auto:s"
+    )
+    args = w, given((4096, 2048), P())
+    step = jax.jit(jax.grad(lambda w, x: (stack(w, x).astype(jnp.float32) ** 2).sum()))
+    run = look_at_run(stack, args, {}, lambda run: run)
+    flat = inlining.merged(inlining.inlined(run.closed, checkpoints=True))
+    of_split, of_whole = (i for i, eqn in enumerate(flat.jaxpr.eqns) if eqn.primitive.name == "dot_general")
+    kept = {}
+    for link in ("1e9", "1e15"):
+        text = (targets._DATA / "h200.toml").read_text().replace("link_bandwidth = 4.5e11", f"link_bandwidth = {link}")
+        (tmp_path / "mine.toml").write_text(text)
+        where = targets.get(f"{tmp_path / 'mine.toml'}:8")
+        shares = split_of(step, args, where, where.gpu, False, ["s"]).shares["s"]
+        trade = tradeoff_of_one(flat, where.gpu, run.parameters, shares)
+        kept[link] = [*map(tagging.equation_of, trade.within(4096 * 2048 * 2).names)]  # bytes of one of them
+    assert kept == {"1e9": [of_split], "1e15": [of_whole]}
 
 
 def test_what_the_compiler_does_not_tell_is_said(h200):
