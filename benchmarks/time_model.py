@@ -30,7 +30,8 @@ from tqdm import tqdm
 from jaxckpt import checkpoint_scan, measure, plan, targets
 from jaxckpt.analysis.cost import step_seconds
 from jaxckpt.memory.calibrate import calibrate
-from jaxckpt.memory.explain import _explained, look_at_run
+from jaxckpt.memory.explain import _explained
+from jaxckpt.memory.runs import look_at_run
 
 MIB = 2**20
 MORE = {
@@ -102,7 +103,7 @@ def entry_of(stack: Stack, name: str, knobs: dict[str, Any], arguments: Any, rat
     params, carry, shared = arguments
     target: Any = SimpleNamespace(name="cpu", gpu=rates)
     run = checkpoint_scan(stack.apply, **knobs)
-    found: Any = look_at_run(run, (params, *carry), shared, lambda run: _explained(run, target))
+    found: Any = look_at_run(run, (params, *carry), shared, lambda run: _explained(run, target, None))
     # As a plan counts: what is stored is touched for the first time.
     stored = found.stored_bytes + found.chunk_bytes
     seconds = step_seconds(stack.length, found.forward_seconds, found.forward_runs, rates, fresh_bytes=stored)

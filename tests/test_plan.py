@@ -12,7 +12,7 @@ from flax import nnx
 from jaxckpt import Plan, checkpoint_scan, explain, plan
 from jaxckpt._plan import Knobs, StackPlan, under
 from jaxckpt.engine.planned import described
-from jaxckpt.memory.explain import observe
+from jaxckpt.memory.runs import observe
 from tests.support import relative_error
 
 N, D = 4, 8

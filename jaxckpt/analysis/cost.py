@@ -141,7 +141,7 @@ def cost(eqn: Any, gpu: Any) -> Cost:
         is_known = dtype.name in {*gpu.matmul_rate, *gpu.vector_rate}
         return Cost(max(matmul_operations(eqn) / rate(gpu, dtype), moved), is_guess=not is_known)
     if name in _SUMS | _GATHERS | _EXCHANGES:
-        return Cost(_sent_bytes(eqn) / gpu.link_bandwidth)
+        return Cost(sent_bytes(eqn) / gpu.link_bandwidth)
     inner = [_total(jaxpr, gpu) for jaxpr in inner_jaxprs(eqn)]
     if name == "scan":
         return Cost(eqn.params["length"] * inner[0].seconds, inner[0].is_guess)
@@ -174,8 +174,10 @@ def _total(jaxpr: Any, gpu: Any) -> Cost:
     return Cost(sum(c.seconds for c in costs), any(c.is_guess for c in costs))
 
 
-def _sent_bytes(eqn: Any) -> int:
-    """What each device sends for a collective."""
+def sent_bytes(eqn: Any) -> int:
+    """What each device sends for the collectives that an equation is, or that are in what it calls, loops over or scans."""
+    if eqn.primitive.name not in _SUMS | _GATHERS | _EXCHANGES:
+        return eqn.params.get("length", 1) * sum(sent_bytes(e) for jaxpr in inner_jaxprs(eqn) for e in jaxpr.eqns)
     given, made = (sum(nbytes(var.aval) for var in variables(vars)) for vars in (eqn.invars, eqn.outvars))
     if eqn.primitive.name in _GATHERS:
         return abs(made - given)

@@ -18,13 +18,14 @@ class Shares:
     Fields:
         inputs: of what the block is given: slices of `xs`, the carry, shared arrays.
         outputs: of each equation, of each of its outputs.
-        sending: seconds that each equation sends for, whenever it is run.
-        gathering: seconds that one run of the block gathers parameters for, and what depends on them alone. A block that is
-            run again to be differentiated at once has to gather them for that anyway.
+        sent_bytes: by one device, for each equation. sending: seconds that this takes whenever the equation is run.
+        gathering: seconds that one run of the block gathers parameters for, and what depends on them alone, which are not
+            in `sending`: a block that is run again to be differentiated at once has to gather them for that anyway.
     """
 
     inputs: tuple[float, ...]
     outputs: tuple[tuple[float, ...], ...]
+    sent_bytes: tuple[int, ...]
     sending: tuple[float, ...]
     gathering: float
 

@@ -2,12 +2,14 @@
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from jaxckpt import explain as explain_stack
 from jaxckpt._progress import Progress
 from jaxckpt.cli._errors import EXPECTED, fail
+from jaxckpt.cli._meshes import add_mesh_options, check_mesh, on_mesh
 from jaxckpt.cli._stacks import add_stack_options, chosen_stack, chunk_size, number_or_text, slices
 from jaxckpt.memory import targets
 
@@ -20,7 +22,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--stages", type=number_or_text, help="'auto', a number of pieces, or tags:NAMES to cut behind")
     parser.add_argument("--tiles", type=slices, help="'auto', the slices of a piece at most, or 'none' (default)")
     parser.add_argument("--policy", help="see 'jaxckpt policies' (default: that of checkpoint_scan)")
-    parser.add_argument("--target", help=f"whose times to show: {', '.join(targets.gpu_names())}, or a file")
+    parser.add_argument(
+        "--target",
+        help=f"whose times to show: {', '.join(targets.gpu_names())}, or a file; of several devices (h200:8) those of one, "
+        "and what it sends",
+    )
+    add_mesh_options(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the table as a page, too")
     parser.set_defaults(run=run)
@@ -32,12 +39,18 @@ def run(options: argparse.Namespace) -> int:
             raise ValueError(f"--html {options.html}: there is no folder {options.html.parent}")
         if options.target is not None and targets.get(options.target).gpu is None:
             raise ValueError(f"--target {options.target}: its rates are not known; times are shown for GPUs by name or file")
+        if options.mesh is not None and options.target is None:
+            raise ValueError(f"--mesh is of devices: write --target h200:{math.prod(options.mesh.values())}, say, beside it")
+        where = None if options.target is None else targets.get(options.target)
+        check_mesh(options, [] if where is None else [where])
         with Progress("explain") as progress:
             progress.doing("tracing the stack")
             knobs = {name: getattr(options, name) for name in ("blocks_per_ckpt", "policy")}
             knobs |= {name: value for name in ("stages", "tiles") if (value := getattr(options, name)) is not None}
             call = chosen_stack(options, **knobs)
-            found = explain_stack(call.stack, *call.args, target=options.target, **call.keywords)
+            if where is not None:
+                call = on_mesh(call, options, where)
+            found = explain_stack(call.stack, *call.args, target=where, **call.keywords)
         if options.html is not None:  # first: whoever reads the table may not read on
             options.html.write_text(found.to_html())
     except EXPECTED as error:

@@ -21,7 +21,7 @@ from jaxckpt.cli._meshes import add_mesh_options, check_mesh, on_mesh
 from jaxckpt.cli._stacks import Call, add_stack_options, chosen_stack, chunk_near_sqrt, chunk_size, slices
 from jaxckpt.cli.plots import Point, check_plot, draw_memory_against_runs, pareto
 from jaxckpt.memory import targets
-from jaxckpt.memory.explain import Explanation
+from jaxckpt.memory.explanation import Explanation
 
 GIB = 2**30
 POLICIES = ("everything", "dots", "dots_no_batch", "nothing")

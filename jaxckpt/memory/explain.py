@@ -4,16 +4,13 @@ The numbers are those of JAX: what autodiff stores, before XLA, which may fuse a
 what the compiled program needs.
 """
 
-import contextlib
-import dataclasses
-import html
-import itertools
 import math
 import os
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -21,196 +18,31 @@ from flax import nnx
 from jax.core import Tracer
 from jax.extend.core import Literal
 
-from jaxckpt._leaves import replaced, split_arrays
-from jaxckpt._sizes import size_text
-from jaxckpt._table import aligned
+from jaxckpt._leaves import replaced
 from jaxckpt.analysis import flow, inlining, numbering, sources, tagging
 from jaxckpt.analysis import jaxpr as jx
-from jaxckpt.analysis.cost import Cost, cost
+from jaxckpt.analysis.cost import Cost, cost, sent_bytes
+from jaxckpt.analysis.shares import Shares, tradeoff_of_one
 from jaxckpt.analysis.stages import run_before_pieces
 from jaxckpt.analysis.tradeoff import tradeoff_of
 from jaxckpt.engine import single
-from jaxckpt.engine.planned import observed
 from jaxckpt.engine.run import Run
 from jaxckpt.engine.schedule import whole_runs
 from jaxckpt.memory import targets
-from jaxckpt.memory.slices import SlicedPiece, sliced_pieces
+from jaxckpt.memory.explanation import Chosen, Explanation, Sent, Value
+from jaxckpt.memory.runs import call_of, look_at_run
+from jaxckpt.memory.slices import sliced_pieces
+from jaxckpt.memory.split import shares_in
 from jaxckpt.policies.grammar import everything
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Value:
-    """A value of a block that autodiff wants, or that the setting keeps to compute one from.
-
-    Fields:
-        name: its tag; or the primitive that computes it; or, for the block's input, the name of the argument.
-        op: the primitive.
-        source: "file.py:12", the line of the block's code; "" for inputs.
-        shape, dtype: of one block's.
-        times: of how many blocks it is stored at once: all `N`, the `K` of a chunk, or 1 where all blocks share it.
-        fate: "kept", "re-run" or "offloaded"; "kept per chunk" for the input of a chunk.
-        seconds: the time model's cost of the equation that is run again, for one block; None without a GPU's data, or
-            where nothing is to be run (inputs). A `~` in the table: the model does not know the primitive.
-    """
-
-    name: str
-    op: str
-    source: str
-    shape: tuple[int, ...]
-    dtype: str
-    times: int
-    fate: str
-    bytes_per_block: int
-    seconds: float | None = None
-    is_guess: bool = False
-
-    @property
-    def bytes(self) -> int:
-        return self.bytes_per_block * self.times
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """What a policy such as `cheap` or `budget:0.25` chose for a block, by the time model of its own reference GPU.
-
-    Fields:
-        bytes: kept of one block, beside its input. rerun: what is run again, as a share of the time of a forward pass; some
-            of it is computed by derivatives only, and is run under any policy.
-        corners: all (bytes, rerun) on the convex hull of what could be chosen.
-    """
-
-    bytes: int
-    rerun: float
-    corners: tuple[tuple[int, float], ...]
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What a setting stores for a stack of `N` blocks, in bytes, and what one block is made of.
-
-    Fields:
-        block, length, blocks_per_ckpt, policy: of the stack. pieces: that each block is cut into, see `stages`.
-        values: a row for each value, in the order in which the block computes them.
-        stored_bytes: on the device from the forward to the backward pass: the residuals of the stack in its jaxpr, without
-            the parameters and other inputs, which exist anyway.
-        host_bytes: those of them that are in the host's memory.
-        chunk_bytes: what the `K` blocks of the chunk that is being differentiated keep beside; 0 without chunks, and in the
-            reversal engine, where the room for it is there from the last chunk's forward pass on.
-        wanted_bytes: what no checkpointing would store for all `N` blocks.
-        target: whose rates the seconds are for.
-        forward_seconds, rerun_seconds: the time model's cost of one block's forward pass, and of what of it is run again to
-            get at the values that are wanted and not kept. (Chunks are run once more before that, to get at their inputs.)
-            What is computed twice counts once, as XLA merges it; what derivatives compute beside the block's own values
-            does not count. Loops, calls with a derivative of their own, and the block's own checkpoints count as a whole.
-        whole_runs: how often all of a block is run, in the mean, see `jaxckpt.engine.schedule.whole_runs`.
-        slices: of each piece that is computed in slices, in which, see `tiles`.
-        chosen: where the policy chooses by itself, what, out of what.
-        parts: where a plan runs the first blocks under another setting than the others, both, each explained as a stack of
-            its own; then bytes are those of both, times their means, the values those of the one and then of the other, and
-            what else is said of a setting stands in the parts.
-        is_stack: and not what `checkpoint` made, of which there is one.
-    """
-
-    block: str
-    length: int
-    blocks_per_ckpt: int | None
-    policy: str
-    pieces: int
-    values: tuple[Value, ...]
-    stored_bytes: int
-    host_bytes: int
-    chunk_bytes: int
-    wanted_bytes: int
-    target: str | None = None
-    forward_seconds: float | None = None
-    rerun_seconds: float | None = None
-    chosen: "Chosen | None" = None
-    whole_runs: float = 1.0
-    slices: tuple[SlicedPiece, ...] = ()
-    parts: "tuple[Explanation, ...]" = ()
-    is_stack: bool = True
-
-    @property
-    def forward_runs(self) -> float | None:
-        """How often a block is run in one training step, parts of it by their share of the time; None without a target.
-
-        1 without checkpointing, 2 where the whole block is run again; up to another 1 for restoring the inputs in a chunk.
-        Plans count in the same way, without what checkpoints of the block's own run again.
-        """
-        if not self.forward_seconds or self.rerun_seconds is None:
-            return None
-        return self.whole_runs + self.rerun_seconds / self.forward_seconds
-
-    def to_json(self) -> dict[str, Any]:
-        """All fields and the forward runs, as JSON has them."""
-        parts = [part.to_json() for part in self.parts]
-        return {**dataclasses.asdict(self), "forward_runs": self.forward_runs, "parts": parts}
-
-    def __str__(self) -> str:
-        if self.parts:
-            return "\n\n".join([self._title(), *map(str, self.parts), "\n".join(self._totals())])
-        lines = aligned([_COLUMNS, *map(_cells, self.values)], right=(4, 5, 6))
-        return "\n".join([self._title(), "", *lines, "", *self._totals()])
-
-    def to_html(self) -> str:
-        """The table as a page that needs nothing else."""
-        head = "".join(f"<th>{name}</th>" for name in _COLUMNS)
-        most = max((v.bytes for v in self.values), default=1) or 1
-        title = lambda part: f'<tr><th colspan="{len(_COLUMNS) + 1}">{html.escape(part._title())}</th></tr>\n'  # noqa: E731
-        rows = "\n".join(title(part) + part._rows(most) for part in self.parts) or self._rows(most)
-        totals = "".join(f"<li>{html.escape(line.strip())}</li>" for line in self._totals())
-        return _PAGE.format(title=html.escape(self._title()), head=head, rows=rows, totals=totals)
-
-    def _rows(self, most: int) -> str:
-        """The rows of a page, with bars beside them; `most` bytes are the longest."""
-        return "\n".join(
-            f'<tr class="{v.fate.split()[0]}">'
-            + "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(v))
-            + f'<td><div style="width:{200 * v.bytes / most:.0f}px"></div></td></tr>'
-            for v in self.values
-        )
-
-    def _title(self) -> str:
-        chunks = "" if self.blocks_per_ckpt is None else f", blocks_per_ckpt={self.blocks_per_ckpt}"
-        pieces = "" if self.pieces == 1 else f", each in {self.pieces} pieces"
-        if self.parts:
-            return f"{self.length} x {self.block}, the first {self.parts[0].length} under another setting than the others"
-        blocks = f"{self.length} x " if self.is_stack else ""
-        return f"{blocks}{self.block}{chunks}, policy={self.policy!r}{pieces}"
-
-    def _totals(self) -> list[str]:
-        lines = [f"stored from the forward to the backward pass: {size_text(self.stored_bytes)}"]
-        if self.host_bytes:
-            lines.append(f"in the host's memory: {size_text(self.host_bytes)}")
-        if self.blocks_per_ckpt is not None:
-            lines.append(f"and while a chunk of {self.blocks_per_ckpt} is differentiated: {size_text(self.chunk_bytes)}")
-        lines.append(f"without checkpointing: {size_text(self.wanted_bytes)}")
-        if self.forward_seconds and self.rerun_seconds is not None:
-            share = self.rerun_seconds / self.forward_seconds
-            beside = "" if self.blocks_per_ckpt is None else ", beside the run that restores its chunk"
-            lines.append(
-                f"run again in each block{beside}, by the time model of {self.target}: {self.rerun_seconds * 1e3:.3g} of "
-                f"{self.forward_seconds * 1e3:.3g} ms ({share:.0%}); forward runs of a block in a training step: "
-                f"{self.forward_runs:.2f}"
-            )
-        lines += map(str, self.slices)
-        if self.chosen is not None:
-            corners = ", ".join(f"{size_text(size)} {rerun:.0%}" for size, rerun in self.chosen.corners)
-            lines.append(
-                f"chosen: {size_text(self.chosen.bytes)} per block beside its input, {self.chosen.rerun:.0%} run again; out "
-                f"of: {corners}"
-            )
-        return lines
 
 
 @dataclass(frozen=True)
 class _Residual:
-    """A value in the jaxpr of a stack's forward pass that its backward pass is given."""
+    """A value in the jaxpr of a stack's forward pass that its backward pass is given; one device holds `share` of it."""
 
     aval: Any
     origin: sources.Origin
+    share: float
 
     @property
     def stacked(self) -> bool:
@@ -218,7 +50,7 @@ class _Residual:
 
     @property
     def bytes(self) -> int:
-        return jx.nbytes(self.aval)
+        return round(jx.nbytes(self.aval) * self.share)
 
     @property
     def is_host(self) -> bool:
@@ -251,7 +83,9 @@ def explain(
             function that runs one; where it runs a stack too, that is what is explained.
         args, keywords: what it is called with, of a Linen module the variables first, then `rngs=` and `mutable=` if
             needed. `jax.ShapeDtypeStruct`s do for arrays; nothing is computed.
-        target: the GPU for whose rates the time model speaks, such as "h200"; None for no times.
+        target: the GPU for whose rates the time model speaks, such as "h200"; None for no times. With several devices, such
+            as "h200:8", bytes and times are those of one, as the compiler splits the block: for that the call is compiled,
+            with the shardings of its arguments, and the forward pass of one block.
 
     Raises:
         TypeError: nothing of the kind was run.
@@ -267,15 +101,33 @@ def explain(
     True
     """
     where = None if target is None else targets.get(target)
-    return look_at_run(stack, args, keywords, lambda run: _of_run(run, where))
+    shares = _shares(stack, args, keywords, where) if where is not None and where.count > 1 else None
+    return look_at_run(stack, args, keywords, lambda run: _of_run(run, where, shares))
 
 
-def _of_run(run: Run, where: targets.Target | None) -> Explanation:
+def _shares(stack: Any, args: tuple, keywords: dict[str, Any], where: targets.Target) -> Shares | None:
+    """What one device has of the block, if its values have the shapes of all."""
+    call, arrays = call_of(stack, args, keywords)
+    if any(isinstance(array, Tracer) for array in arrays):
+        return None  # inside of `shard_map`
+    look_at_run(stack, args, keywords, lambda run: run)  # raises where there is nothing to explain
+    try:
+        return shares_in(call, arrays, where)
+    except Exception as error:
+        warnings.warn(
+            f"how values are split over {where.name!r} cannot be told ({str(error).splitlines()[0]}). Their bytes and times "
+            "are those of all devices together",
+            stacklevel=3,
+        )
+        return None
+
+
+def _of_run(run: Run, where: targets.Target | None, shares: Shares | None) -> Explanation:
     if run.first is None:
-        return _explained(run, where)
+        return _explained(run, where, shares)
     others = replace(run, length=run.length - run.first.length, first=None)
-    whole = _explained(replace(run, first=None), None)
-    return _of_parts(whole, _explained(run.first, where), _explained(others, where))
+    whole = _explained(replace(run, first=None), None, shares)
+    return _of_parts(whole, _explained(run.first, where, shares), _explained(others, where, shares))
 
 
 def _of_parts(whole: Explanation, *parts: Explanation) -> Explanation:
@@ -306,23 +158,64 @@ def _of_parts(whole: Explanation, *parts: Explanation) -> Explanation:
     )
 
 
-def _explained(run: Run, where: targets.Target | None) -> Explanation:
+class _Block(NamedTuple):
+    """What is known of the equations of a block, which are those of a run's inlined jaxpr.
+
+    Fields:
+        of_merged: the number of each in the merged jaxpr, whose equations shares are of.
+        shares: what one device has of the block; None where that is what the jaxpr says.
+        costs: None without a GPU's data. sent_bytes: by each device.
+    """
+
+    of_merged: list[int]
+    shares: Shares | None
+    costs: list[Cost] | None
+    sent_bytes: list[int]
+
+    def share(self, run: Run, origin: sources.Origin, shape: tuple[int, ...]) -> float:
+        """Which part of a value one device holds, of this shape in one block."""
+        if self.shares is None:
+            return 1.0
+        if origin.input is not None:
+            kind, i = origin.input
+            first = {"x": 0, "carry": len(run.leaves[0])}
+            return self.shares.inputs[first[kind] + (run.moving[i] if kind == "carry" else i)] if kind in first else 1.0
+        if origin.number is None:
+            return 1.0
+        shares = self.shares.outputs[self.of_merged[origin.number]]
+        outputs = [var.aval.shape for var in run.closed.jaxpr.eqns[origin.number].outvars]
+        return shares[outputs.index(shape)] if shape in outputs else shares[0]
+
+
+def _block(run: Run, gpu: Any, shares: Shares | None) -> _Block:
+    eqns = run.closed.jaxpr.eqns
+    merged, of_merged = inlining.merge(run.closed)
+    costs = None if gpu is None else [cost(eqn, gpu) for eqn in eqns]
+    if shares is None:
+        return _Block(of_merged, None, costs, [*map(sent_bytes, eqns)])
+    if costs is not None:
+        of_one = shares.seconds(merged.jaxpr, run.parameters, gpu)
+        costs = [found._replace(seconds=of_one[i]) for i, found in zip(of_merged, costs, strict=True)]
+    return _Block(of_merged, shares, costs, [shares.sent_bytes[i] for i in of_merged])
+
+
+def _explained(run: Run, where: targets.Target | None, shares: Shares | None) -> Explanation:
     run = replace(run, closed=inlining.inlined(run.closed))
     gpu = None if where is None else where.gpu
-    costs = None if gpu is None else [cost(eqn, gpu) for eqn in run.closed.jaxpr.eqns]
+    block = _block(run, gpu, shares)
     # What a block keeps does not depend on the engine, and the scan engine shows it.
     whole = replace(run.setting, blocks_per_ckpt=None, snapshots=None, offload_carry=False, engine="scan")
     per_chunk = run.setting.blocks_per_ckpt or (1 if run.setting.snapshots else None)
     alive = run.length if per_chunk is None else min(per_chunk, run.length)
     # In a chunk of one, the whole block is differentiated at once, whatever the policy.
     in_chunk = replace(run, setting=whole, length=alive, **({"keep": everything} if per_chunk == 1 else {}))
-    kept = _residuals(in_chunk)
+    kept = _residuals(in_chunk, block)
     if run.setting.engine == "reversal":  # but for parameters in another dtype, which it converts again
         made_again = _converted_parameters(run)
         kept = [r for r in kept if r.origin.number not in made_again]
-    wanted = _residuals(replace(in_chunk, keep=everything, pieces=()))
-    stored = kept if run.setting == whole else _residuals(run)
-    without = wanted if alive == run.length else _residuals(replace(run, setting=whole, keep=everything, pieces=()))
+    wanted = _residuals(replace(in_chunk, keep=everything, pieces=()), block)
+    stored = kept if run.setting == whole else _residuals(run, block)
+    without = wanted if alive == run.length else _residuals(replace(run, setting=whole, keep=everything, pieces=()), block)
     is_single = run.setting.snapshots is not None and run.setting.blocks_per_ckpt is None  # reversed from its input alone
     return Explanation(
         block=run.names.block,
@@ -330,7 +223,7 @@ def _explained(run: Run, where: targets.Target | None) -> Explanation:
         blocks_per_ckpt=per_chunk,
         policy=str(run.setting.policy),
         pieces=max(len(run.pieces), 1),
-        values=tuple(_rows(run, kept, wanted, alive, costs)),
+        values=tuple(_rows(run, kept, wanted, alive, block)),
         stored_bytes=sum(r.bytes for r in stored if not r.is_host),
         host_bytes=sum(r.bytes for r in stored if r.is_host),
         chunk_bytes=0
@@ -341,8 +234,9 @@ def _explained(run: Run, where: targets.Target | None) -> Explanation:
         chosen=_choice_of(run),
         slices=sliced_pieces(run),
         is_stack=run.is_stack,
+        sends=_sends(run, block),
         whole_runs=whole_runs(run.length, run.setting.blocks_per_ckpt, run.setting.snapshots, run.setting.engine),
-        **_seconds(in_chunk, [] if is_single else kept, wanted, gpu, _is_entered_again(run)),
+        **_seconds(in_chunk, [] if is_single else kept, wanted, gpu, block, _is_entered_again(run)),
     )
 
 
@@ -368,31 +262,34 @@ def _converted_parameters(run: Run) -> set[int]:
     return {i for i, k in enumerate(from_input) if k is not None and k < len(run.leaves[0])}
 
 
-def _seconds(run: Run, kept: list[_Residual], wanted: list[_Residual], rates: Any, is_cut: bool) -> dict[str, Any]:
+def _seconds(
+    run: Run, kept: list[_Residual], wanted: list[_Residual], rates: Any, block: _Block, is_cut: bool
+) -> dict[str, Any]:
     """What one block costs to run, and to run again as far as the values that are wanted and not kept need it."""
-    if rates is None:
+    if block.costs is None:
         return {}
     eqns = run.closed.jaxpr.eqns
     missing = _without(wanted, kept)
     # Of a loop or a call that keeps some of its values, all is run again for the others.
     partly = {r.origin.number for r in missing if r.origin.number is not None and jx.inner_jaxprs(eqns[r.origin.number])}
     have = {r.origin.number for r in kept if r.origin.number is not None} - partly
-    merged, number = inlining.merge(run.closed)
+    merged, number = inlining.merged(run.closed), block.of_merged
     if any(map(jx.is_checkpoint, eqns)):
-        forward, rerun = _beside_checkpoints(run, have, wanted, rates)
+        forward, rerun = _beside_checkpoints(run, have, wanted, block.costs)
     else:
-        trade = tradeoff_of(merged, rates, run.parameters)
+        question = merged, rates, run.parameters
+        trade = tradeoff_of(*question) if block.shares is None else tradeoff_of_one(*question, block.shares)
         forward, rerun = trade.forward_seconds, trade.again_seconds({number[i] for i in have}) if missing else 0.0
     if is_cut:  # and before that once for what enters the pieces
         before = run_before_pieces(run.closed.jaxpr, run.pieces, {var for i in have for var in eqns[i].outvars})
-        rerun += sum(cost(merged.jaxpr.eqns[i], rates).seconds for i in sorted({number[i] for i in before}))
+        rerun += sum({number[i]: block.costs[i].seconds for i in sorted(before)}.values())
     return {"forward_seconds": forward, "rerun_seconds": rerun}
 
 
-def _beside_checkpoints(run: Run, have: set[int], wanted: list[_Residual], rates: Any) -> tuple[float, float]:
+def _beside_checkpoints(run: Run, have: set[int], wanted: list[_Residual], costs: list[Cost]) -> tuple[float, float]:
     """The same of a block with checkpoints of its own: they are run again when they are differentiated, whatever is kept."""
     eqns = run.closed.jaxpr.eqns
-    costs = [cost(eqn, rates).seconds for eqn in eqns]
+    seconds = [found.seconds for found in costs]
     computed_by = {var: i for i, eqn in enumerate(eqns) for var in eqn.outvars}
     again: set[int] = set()
     left = [r.origin.number for r in wanted]
@@ -402,8 +299,8 @@ def _beside_checkpoints(run: Run, have: set[int], wanted: list[_Residual], rates
             continue
         again.add(i)
         left.extend(computed_by.get(v) for v in eqns[i].invars if not isinstance(v, Literal))
-    own = sum(seconds for seconds, eqn in zip(costs, eqns, strict=True) if jx.is_checkpoint(eqn))
-    return sum(costs), own + sum(costs[i] for i in again)
+    own = sum(spent for spent, eqn in zip(seconds, eqns, strict=True) if jx.is_checkpoint(eqn))
+    return sum(seconds), own + sum(seconds[i] for i in again)
 
 
 def _without(wanted: list[_Residual], kept: list[_Residual]) -> list[_Residual]:
@@ -418,75 +315,7 @@ def _without(wanted: list[_Residual], kept: list[_Residual]) -> list[_Residual]:
     return missing
 
 
-def observe(call: Callable[[list[Any]], Any], arrays: list[Any], see: Callable[[Run], None]) -> None:
-    """Traces `call(arrays)` and calls `see` with each run of a stack as it is traced, those inside of blocks left out."""
-    with observing(see):
-        jax.eval_shape(call, arrays)
-
-
-@contextlib.contextmanager
-def observing(see: Callable[[Run], None]) -> Iterator[None]:
-    """Calls `see` with each run of a stack that is traced meanwhile, those inside of blocks left out."""
-    token = observed.set(see)
-    try:
-        with _untraced(object()):  # or what is jitted inside, and was traced before, would not run the stack again
-            yield
-    finally:
-        observed.reset(token)
-
-
-def look_at_run(stack: Any, args: tuple, keywords: dict[str, Any], look: Callable[[Run], T]) -> T:
-    """What `look` finds of the one run of a stack when `stack` is called, while that is traced."""
-    if isinstance(stack, nnx.Module):
-        graph, state = nnx.split(stack)
-        fn = lambda state, *args, **keywords: nnx.merge(graph, state)(*args, **keywords)  # noqa: E731
-        return look_at_run(fn, (state, *args), keywords, look)
-    if isinstance(stack, nn.Module) and not (args and isinstance(args[0], Mapping)):
-        raise TypeError(
-            f"a Linen module is explained with its variables first, explain(stack, variables, x); got {args!r:.200}"
-        )
-    fn = stack.apply if isinstance(stack, nn.Module) else stack
-    if not callable(fn) or isinstance(fn, type):
-        raise TypeError(f"explain takes a stack, what checkpoint made, or a function that runs one; got {stack!r}")
-    arrays, with_arrays = split_arrays((args, keywords))
-
-    def call(arrays: list[Any]) -> None:
-        args, keywords = with_arrays(arrays)
-        fn(*args, **keywords)
-
-    told: list[tuple[Run, T | None]] = []
-
-    def see(run: Run) -> None:
-        # Here, where axes that have names, as in `shard_map`, are bound.
-        can_be = run.refusal is None and not any(map(jx.is_batched, itertools.chain(*run.leaves)))
-        told.append((run, look(run) if can_be else None))
-
-    observe(call, arrays, see)
-    told = [(run, found) for run, found in told if run.is_stack] or told
-    seen = [run for run, _ in told]
-    if not seen:
-        name = getattr(stack, "__name__", type(stack).__name__)
-        raise TypeError(f"{name} ran nothing that checkpoint_scan or checkpoint made, so there is nothing to explain")
-    if len(seen) > 1:
-        found = ", ".join(f"{run.length} x {run.names.block}" if run.is_stack else run.names.block for run in seen)
-        what = "stacks" if seen[0].is_stack else "functions under checkpoint"
-        raise ValueError(f"several {what} were run ({found}); explain one of them at a time, with what it is called with")
-    if seen[0].refusal is not None:
-        raise seen[0].refusal
-    (_, found), *_ = told
-    if found is None:
-        what = "the stack of " if seen[0].is_stack else ""
-        raise ValueError(
-            f"{what}{seen[0].names.block} was run under vmap, where its bytes are those of one example; explain it by "
-            "itself, called with the whole batch"
-        )
-    return found
-
-
-_untraced = jax.make_user_context(None)
-
-
-def _residuals(run: Run) -> list[_Residual]:
+def _residuals(run: Run, block: _Block) -> list[_Residual]:
     """The residuals of a run, without the inputs of the stack, which exist anyway, and constants."""
     xs, carry, arrays = ([jax.typeof(leaf) for leaf in leaves] for leaves in run.leaves)
     xs = [aval.update(shape=(run.length, *aval.shape[1:])) for aval in xs]
@@ -496,8 +325,8 @@ def _residuals(run: Run) -> list[_Residual]:
         rest = iter(inputs)
         given, *leaves = [[next(rest) for _ in part] for part in (constants, xs, carry, arrays)]
         if not run.is_stack:
-            block = jx.closed(run.closed.jaxpr, given)
-            return single.checkpointed(block, run.keep, leaves[2], run.pieces, numbering.scope)
+            closed = jx.closed(run.closed.jaxpr, given)
+            return single.checkpointed(closed, run.keep, leaves[2], run.pieces, numbering.scope)
         last, ys = run.execute(given, leaves[0], leaves[1], leaves[2], scope=numbering.scope)
         return [*last, *ys]
 
@@ -520,7 +349,8 @@ def _residuals(run: Run) -> list[_Residual]:
             origin = origin._replace(number=number, op=computes if origin.op in sources.WRAPPERS else origin.op)
         aval = _as_whole(run, var.aval, origin) if origin.number is not None else var.aval
         if origin.input is None or origin.input[0] in ("carry", "x"):
-            found.append(_Residual(aval, origin))
+            shape = aval.shape[1:] if origin.stacked else aval.shape
+            found.append(_Residual(aval, origin, block.share(run, origin, shape)))
     return found
 
 
@@ -534,10 +364,20 @@ def _as_whole(run: Run, aval: Any, origin: sources.Origin) -> Any:
     return next((aval.update(shape=shape) for shape in shapes if math.prod(shape) == aval.size), aval)
 
 
-def _rows(run: Run, kept: list[_Residual], wanted: list[_Residual], alive: int, costs: list[Cost] | None) -> list[Value]:
+def _sends(run: Run, block: _Block) -> tuple[Sent, ...]:
+    """What is sent in one run of the block; for what is computed twice once, as XLA merges it."""
+    jaxpr, tags, found = run.closed.jaxpr, _own_tags(run), {}
+    for number, (i, size) in enumerate(zip(block.of_merged, block.sent_bytes, strict=True)):
+        if size and i not in found:
+            eqn = jaxpr.eqns[number]
+            found[i] = Sent(tags.get(number) or eqn.primitive.name, _line(sources.source_of(eqn)), size)
+    return tuple(sorted(found.values(), key=lambda sent: -sent.bytes))
+
+
+def _rows(run: Run, kept: list[_Residual], wanted: list[_Residual], alive: int, block: _Block) -> list[Value]:
     """What is kept, and what is wanted beside it, which is run again."""
-    block = run.closed.jaxpr
-    tags = {number: tag for i, number in tagging.aliases(block).items() if (tag := _own_tag(block.eqns[i])) is not None}
+    jaxpr, costs = run.closed.jaxpr, block.costs
+    tags = _own_tags(run)
 
     def row(r: _Residual, fate: str) -> Value:
         number, given, op = r.origin.number, r.origin.input, r.origin.op
@@ -550,13 +390,14 @@ def _rows(run: Run, kept: list[_Residual], wanted: list[_Residual], alive: int, 
             return Value(name=name, op="input", source="", **common)
         if number is None:
             return Value(name=op, op=op, source="", **common)
-        source = r.origin.source or sources.source_of(block.eqns[number])
+        source = r.origin.source or sources.source_of(jaxpr.eqns[number])
         return Value(
             name=tags.get(number) or op,
             op=op,
-            source=f"{os.path.basename(source[0])}:{source[1]}" if source else "",
+            source=_line(source),
             seconds=None if costs is None else costs[number].seconds,
             is_guess=costs is not None and costs[number].is_guess,
+            sent_bytes=block.sent_bytes[number],
             **common,
         )
 
@@ -567,41 +408,22 @@ def _rows(run: Run, kept: list[_Residual], wanted: list[_Residual], alive: int, 
         times = math.ceil(run.length / run.setting.blocks_per_ckpt)
         for i in run.moving:
             aval = jax.typeof(run.leaves[1][i])
-            size = jx.nbytes(aval)
+            size = round(jx.nbytes(aval) * (1.0 if block.shares is None else block.shares.inputs[len(run.leaves[0]) + i]))
             chunks.append(Value(run.carry_names[i], "input", "", aval.shape, str(aval.dtype), times, "kept per chunk", size))
     return [*chunks, *(row(r, fate) for r, fate in fates)]
+
+
+def _line(source: tuple[str, int] | None) -> str:
+    return f"{os.path.basename(source[0])}:{source[1]}" if source else ""
+
+
+def _own_tags(run: Run) -> dict[int, str]:
+    """The user's names for values, by the number of the equation that computes one."""
+    eqns, aliases = run.closed.jaxpr.eqns, tagging.aliases(run.closed.jaxpr)
+    return {number: tag for i, number in aliases.items() if (tag := _own_tag(eqns[i])) is not None}
 
 
 def _own_tag(eqn: Any) -> str | None:
     """The user's name for a value."""
     tag = tagging.tag_of(eqn)
     return None if tag is None or tagging.is_value_name(tag) else tag
-
-
-_COLUMNS = ("value", "op", "source", "shape", "of one block", "blocks", "in all", "fate", "re-run")
-
-
-def _cells(value: Value) -> tuple[str, ...]:
-    shape = f"{value.dtype}[{','.join(map(str, value.shape))}]"
-    spent = "" if value.seconds is None else f"{'~' * value.is_guess}{value.seconds * 1e6:,.1f} us"
-    sizes = size_text(value.bytes_per_block), str(value.times), size_text(value.bytes)
-    return (value.name, value.op, value.source, shape, *sizes, value.fate, spent)
-
-
-_PAGE = """<!doctype html>
-<meta charset="utf-8">
-<title>{title}</title>
-<style>
-body {{ font: 14px system-ui, sans-serif; margin: 2em; color: #222; }}
-table {{ border-collapse: collapse; }}
-th, td {{ text-align: left; padding: 2px 12px 2px 0; border-bottom: 1px solid #ddd; font-variant-numeric: tabular-nums; }}
-.kept {{ background: #fdecea; }} .offloaded {{ background: #e8f1fc; }} .re-run {{ background: #eef7ee; }}
-td div {{ height: 10px; background: #888; }}
-</style>
-<h1>{title}</h1>
-<ul>{totals}</ul>
-<table>
-<tr>{head}<th></th></tr>
-{rows}
-</table>
-"""

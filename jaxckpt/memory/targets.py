@@ -138,23 +138,27 @@ class Target:
         """`tree` with shapes in place of its arrays, lying on the target; nothing is copied or allocated there.
 
         Arrays sharded over a mesh of as many devices keep their mesh, with the target's devices in it; all others are
-        whole on every device. What lies in pinned host memory stays there. Leaves that are not arrays are left alone.
+        whole on every device, of that mesh if there is one. What lies in pinned host memory stays there. Leaves that are not
+        arrays are left alone.
 
         Raises:
             ValueError: an array is sharded over another number of devices, or lies in pinned host memory where the target
                 is only described (JAX would count it as the device's).
         """
 
+        if holds_objects(tree):
+            parts, whole = split_objects(tree)
+            return whole(self.place(parts))
+        meshes = (getattr(getattr(leaf, "sharding", None), "mesh", None) for leaf in jax.tree.leaves(tree))
+        mesh = next((mesh for mesh in meshes if mesh is not None and mesh.size == self.count > 1), None)
+
         def shape_of(path: Any, leaf: Any) -> Any:
             if not is_shaped(leaf):
                 return leaf
             aval = jax.typeof(leaf)
-            sharding = self._sharding(getattr(leaf, "sharding", None), jax.tree_util.keystr(path))
+            sharding = self._sharding(getattr(leaf, "sharding", None), jax.tree_util.keystr(path), mesh)
             return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding, weak_type=aval.weak_type)
 
-        if holds_objects(tree):
-            parts, whole = split_objects(tree)
-            return whole(self.place(parts))
         return jax.tree_util.tree_map_with_path(shape_of, tree)
 
     def compile(self, lowered: Any, options: Mapping[str, Any] | None = None) -> Any:
@@ -176,7 +180,7 @@ class Target:
                     raise
         return lowered.compile(compiler_options=options or None)
 
-    def _sharding(self, given: Any, path: str) -> Any:
+    def _sharding(self, given: Any, path: str, of_others: Any) -> Any:
         kind = given.memory_kind if given is not None and given.memory_kind == "pinned_host" else None
         if kind and not self.is_present:
             raise ValueError(
@@ -189,6 +193,9 @@ class Target:
             around = jax.sharding.get_mesh()  # of jax.set_mesh
             if not around.empty and set(around.devices.flat) == set(self.devices):
                 return NamedSharding(around, PartitionSpec(), memory_kind=kind)
+            if of_others is not None:
+                mesh = self.mesh(of_others.axis_sizes, of_others.axis_names, of_others.axis_types)
+                return NamedSharding(mesh, PartitionSpec(), memory_kind=kind)
             if self.count == 1:
                 return SingleDeviceSharding(self.devices[0], memory_kind=kind)
             return NamedSharding(self.mesh((self.count,), ("devices",)), PartitionSpec(), memory_kind=kind)

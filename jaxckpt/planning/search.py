@@ -32,14 +32,15 @@ from jaxckpt.flax.steps import holds_objects, objects_are_arguments, split_objec
 from jaxckpt.memory import targets
 from jaxckpt.memory.calibrate import calibrate as calibrated
 from jaxckpt.memory.calibrate import rates_of
-from jaxckpt.memory.explain import observe
 from jaxckpt.memory.measure import measure, place_of, seconds_in_turns
 from jaxckpt.memory.meshes import mesh_on, on_set_mesh
+from jaxckpt.memory.runs import observe
+from jaxckpt.memory.split import share_of
 from jaxckpt.planning import rounds
 from jaxckpt.planning.model import Asked, Option, Stack
 from jaxckpt.planning.peaks import Combination, Known, Peaks, kind
 from jaxckpt.planning.rounds import COMPILATIONS
-from jaxckpt.planning.shards import Split, share_of, split_of
+from jaxckpt.planning.shards import Split, split_of
 
 T = TypeVar("T")
 

@@ -49,6 +49,17 @@ def test_a_plan_and_a_pairformer():
     assert row["error"] is None and row["sent_bytes"] > 0
 
 
+def test_explain(h200, capsys):
+    lines = "explain --blocks 4 --tokens 256 --json --target h200:8 --mesh"
+    found = []
+    for mesh in ("data=8", "data=8 --fsdp", "tensor=8"):
+        assert main([*lines.split(), *mesh.split()]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    data, fsdp, tensor = found
+    assert data["sent_bytes"] == 0 < min(fsdp["sent_bytes"], tensor["sent_bytes"])
+    assert data["stored_bytes"] == fsdp["stored_bytes"] == tensor["stored_bytes"] / 8
+
+
 def test_how_parameters_are_split():
     path = [jax.tree_util.DictKey(key) for key in ("params", "wo", "kernel")]
     leaf = jax.ShapeDtypeStruct((4, 64, 32), "float32")
@@ -72,6 +83,8 @@ def test_what_is_no_mesh(text, capsys):
     [
         ("report --mesh data=8 --target cpu", "--mesh has 8 devices and --target cpu has 1; write --target cpu:8"),
         ("plan --mesh data=8 --target cpu --budget 1GiB", "--mesh has 8 devices and --target cpu has 1"),
+        ("explain --mesh data=8", "--mesh is of devices: write --target h200:8, say, beside it"),
+        ("explain --mesh data=8 --target h200", "--mesh has 8 devices and --target h200 has 1; write --target h200:8"),
         ("report --fsdp --target cpu", "write --mesh data=8 --fsdp"),
         ("report --mesh tensor=1 --fsdp --target cpu", "--mesh has tensor only"),
         ("report --mesh data=1 --stack a:b --target cpu", "--mesh is of --model"),

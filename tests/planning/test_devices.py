@@ -10,10 +10,10 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxckpt import checkpoint_scan, measure, plan, targets
+from jaxckpt import checkpoint_scan, explain, measure, plan, targets
 from jaxckpt.analysis import inlining, tagging
 from jaxckpt.analysis.shares import tradeoff_of_one
-from jaxckpt.memory.explain import look_at_run
+from jaxckpt.memory.runs import look_at_run
 from jaxckpt.planning import search
 from jaxckpt.planning.shards import split_of
 
@@ -71,14 +71,15 @@ def cases():
 @pytest.mark.parametrize(("kind", "axis_type"), list(cases()))
 def test_bytes_are_those_of_one_device(h200, kind, axis_type):
     """A plan in the memory of a named policy runs no more again than it, and is what was predicted."""
-    for policy, again in {"nothing": 1.8, "dots": 1.57, "everything": 1.0}.items():
+    for policy in ("nothing", "dots", "everything"):
         mesh, step, args = on_eight(kind, axis_type, {"policy": policy})
         to_plan = on_eight(kind, axis_type, {"plan": "auto"})[1]
         with jax.set_mesh(mesh):
             budget = round(1.01 * measure(step, *args, target=h200).peak_bytes)
+            again = explain(step, *args, target=h200).forward_runs
             found = plan(to_plan, *args, budget=budget, target=h200, progress=False)
         assert found.peak_bytes <= budget
-        assert found.chosen.forward_runs <= again
+        assert found.chosen.forward_runs <= again + 1e-9
         assert found.chosen.predicted_bytes == pytest.approx(found.peak_bytes, rel=0.07)
 
 

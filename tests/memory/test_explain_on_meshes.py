@@ -1,0 +1,167 @@
+"""What `explain` tells of one of several devices: bytes, times, and what it sends."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxckpt import checkpoint, checkpoint_scan, explain, targets
+
+N, WIDTH, HIDDEN, BATCH = 6, 256, 1024, 4096
+MIB = 2**20
+# The axes of a mesh, how the two parameters are split, and how the batch.
+MESHES = {
+    "data": ({"data": 8}, P(), P(), P("data")),
+    "fsdp": ({"data": 8}, P(None, "data"), P(None, None, "data"), P("data")),
+    "tensor": ({"tensor": 8}, P(None, None, "tensor"), P(None, "tensor"), P()),
+    "both": ({"data": 4, "tensor": 2}, P(None, "data", "tensor"), P(None, "tensor", "data"), P("data")),
+}
+
+
+def block(w, x):
+    return x + jnp.sin(x @ w["up"]) @ w["down"]
+
+
+def on_mesh(kind, dtype="bfloat16"):
+    axes, up, down, of_batch = MESHES[kind]
+    mesh = targets.get("h200:8").mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
+    given = lambda shape, spec: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))  # noqa: E731
+    w = {"up": given((N, WIDTH, HIDDEN), up), "down": given((N, HIDDEN, WIDTH), down)}
+    return mesh, w, given((BATCH, WIDTH), of_batch)
+
+
+def of_product(found):
+    """The rows of the carry, and of what is computed of the first product."""
+    carry, hidden = found.values[0], found.values[-1]
+    assert (carry.op, hidden.op, hidden.shape[1:]) == ("input", "sin", (HIDDEN,))
+    return carry, hidden
+
+
+@pytest.mark.parametrize(
+    ("kind", "of_carry", "of_hidden"), [("data", 8, 8), ("fsdp", 8, 8), ("tensor", 1, 8), ("both", 4, 8)]
+)
+def test_bytes_and_times_are_those_of_one_device(h200, kind, of_carry, of_hidden):
+    _, w, x = on_mesh(kind)
+    stack = checkpoint_scan(block)
+    one, whole = (explain(stack, w, x, target=target) for target in ("h200:8", "h200"))
+    for mine, all_of_it, parts in zip(of_product(one), of_product(whole), (of_carry, of_hidden), strict=True):
+        assert mine.bytes_per_block == all_of_it.bytes_per_block / parts
+        assert (mine.shape, mine.fate) == (all_of_it.shape, all_of_it.fate)
+    assert one.stored_bytes == whole.stored_bytes / of_carry
+    assert of_product(one)[1].seconds == pytest.approx(of_product(whole)[1].seconds / 8)
+
+
+PARAMETERS = 2 * WIDTH * HIDDEN * 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "sent"),
+    [
+        ("data", 0),
+        ("fsdp", 7 / 8 * PARAMETERS),
+        ("tensor", 2 * 7 / 8 * BATCH * WIDTH * 2),
+        ("both", 3 / 4 * PARAMETERS / 2 + BATCH / 4 * WIDTH * 2),
+    ],
+)
+def test_what_a_run_of_a_block_sends(h200, kind, sent):
+    """Parameters are gathered where they are split with the batch; products along what is split are summed."""
+    _, w, x = on_mesh(kind)
+    found = explain(checkpoint_scan(block), w, x, target="h200:8")
+    assert found.sent_bytes == pytest.approx(sent)
+    assert found.to_json()["sent_bytes"] == found.sent_bytes
+    assert ("sent by each device in one run of a block" in str(found)) == bool(sent)
+    assert explain(checkpoint_scan(block), w, x, target="h200").sent_bytes == 0
+
+
+def test_the_column_says_which_values(h200):
+    def blocks(w, x):
+        return x + jnp.sin(jnp.sin(x @ w["up"]) @ w["down"])
+
+    _, w, x = on_mesh("tensor")
+    found = explain(checkpoint_scan(blocks, policy="dots"), w, x, target="h200:8")
+    sent = {v.shape: v.sent_bytes for v in found.values if v.op == "dot_general"}
+    assert sent == {(BATCH, HIDDEN): 0, (BATCH, WIDTH): round(2 * 7 / 8 * BATCH * WIDTH * 2)}
+    assert str(found).splitlines()[2].endswith("sends")
+    assert "in one run of a block: 3.5 MiB: dot_general (test_explain_on_meshes.py:" in str(found)
+    assert "<th>sends</th>" in found.to_html()
+    alone = explain(checkpoint_scan(blocks, policy="dots"), w, x, target="h200")
+    assert "sends" not in str(alone) and "sends" not in alone.to_html()
+
+
+def test_collectives_that_a_block_names(h200):
+    """Inside of `shard_map` shapes are those of one device, and the jaxpr says what is sent; no target is needed."""
+    mesh, w, x = on_mesh("tensor")
+
+    def blocks(w, x):
+        return x + jnp.sin(lax.psum(jnp.sin(x @ w["up"]) @ w["down"], "tensor"))
+
+    specs = {"up": P(None, None, "tensor"), "down": P(None, "tensor")}
+    stack = checkpoint_scan(blocks, policy="everything")
+    stack = jax.shard_map(stack, mesh=mesh, in_specs=(specs, P()), out_specs=P(), check_vma=False)
+    for found in (explain(stack, w, x), explain(stack, w, x, target="h200:8")):
+        (summed,) = found.sends
+        assert summed.name.startswith("psum") and summed.bytes == 2 * BATCH * WIDTH * 2 == found.sent_bytes
+        assert [v.bytes_per_block for v in found.values if v.shape[-1] == HIDDEN // 8] == [BATCH * HIDDEN * 2 // 8] * 2
+
+
+@pytest.mark.parametrize("knobs", [{"offload_carry": True}, {"blocks_per_ckpt": 2}, {"snapshots": 2}, {"policy": "dots"}])
+def test_knobs(h200, knobs):
+    """Whatever is kept: an eighth of it, at the same share of the time."""
+    _, w, x = on_mesh("data")
+    one, whole = (explain(checkpoint_scan(block, **knobs), w, x, target=target) for target in ("h200:8", "h200"))
+    for name in ("stored_bytes", "host_bytes", "chunk_bytes", "wanted_bytes"):
+        assert getattr(one, name) == getattr(whole, name) / 8
+    assert one.forward_runs == pytest.approx(whole.forward_runs)
+    assert [v.bytes for v in one.values] == [v.bytes / 8 for v in whole.values]
+
+
+def test_slices(h200):
+    """Of a block that says how its batch is split: what is gathered for groups of examples is told too."""
+    mesh, w, x = on_mesh("fsdp")
+    of_batch = NamedSharding(mesh, P("data"))
+    constrained = lambda w, x: lax.with_sharding_constraint(block(w, x), of_batch)  # noqa: E731
+    one = explain(checkpoint_scan(constrained, tiles=2), w, x, target="h200:8")
+    assert len(one.slices) == 1 and one.stored_bytes == N * BATCH * WIDTH * 2 / 8
+    assert one.sent_bytes == pytest.approx(7 / 8 * PARAMETERS)
+
+
+def test_what_is_no_stack_and_a_module(h200):
+    _, w, x = on_mesh("data")
+    one, whole = (
+        explain(checkpoint(block), jax.tree.map(lambda s: s.update(shape=s.shape[1:], sharding=None), w), x, target=t)
+        for t in ("h200:8", "h200")
+    )
+    assert one.wanted_bytes == whole.wanted_bytes / 8 > 0
+
+    class Block(nnx.Module):
+        def __init__(self, rngs):
+            self.dense = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
+
+        def __call__(self, x):
+            return x + jnp.sin(self.dense(x))
+
+    stack = nnx.eval_shape(lambda: checkpoint_scan(Block, N)(rngs=nnx.Rngs(0)))
+    x = jax.ShapeDtypeStruct(x.shape, "float32", sharding=x.sharding)
+    one, whole = (explain(stack, x, target=target) for target in ("h200:8", "h200"))
+    assert one.stored_bytes == whole.stored_bytes / 8 > 0
+
+
+def test_where_it_cannot_be_told(h200):
+    """In `shard_map` along some axes only; the bytes are those of all devices, and that is said."""
+    mesh, w, x = on_mesh("both")
+    stack = jax.shard_map(
+        checkpoint_scan(block),
+        mesh=mesh,
+        in_specs=(P(), P("data")),
+        out_specs=P("data"),
+        axis_names={"data"},
+        check_vma=False,
+    )
+    with pytest.warns(
+        UserWarning, match=r"how values are split over 'h200:8' cannot be told \(it runs in shard_map along some"
+    ):
+        found = explain(stack, w, x, target="h200:8")
+    assert of_product(found)[1].bytes_per_block == BATCH // 4 * HIDDEN * 2
