@@ -8,7 +8,7 @@ import math
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -101,15 +101,18 @@ def explain(
     True
     """
     where = None if target is None else targets.get(target)
-    shares = _shares(stack, args, keywords, where) if where is not None and where.count > 1 else None
+    shares = _shares(stack, args, keywords, where) if where is not None and where.count > 1 else _WHOLE
     return look_at_run(stack, args, keywords, lambda run: _of_run(run, where, shares))
 
 
-def _shares(stack: Any, args: tuple, keywords: dict[str, Any], where: targets.Target) -> Shares | None:
-    """What one device has of the block, if its values have the shapes of all."""
+_WHOLE = (None, None)
+
+
+def _shares(stack: Any, args: tuple, keywords: dict[str, Any], where: targets.Target) -> Sequence[Shares | None]:
+    """What one device has of the block, if its values have the shapes of all; and of the first blocks', if they differ."""
     call, arrays = call_of(stack, args, keywords)
     if any(isinstance(array, Tracer) for array in arrays):
-        return None  # inside of `shard_map`
+        return _WHOLE  # inside of `shard_map`
     look_at_run(stack, args, keywords, lambda run: run)  # raises where there is nothing to explain
     try:
         return shares_in(call, arrays, where)
@@ -119,15 +122,15 @@ def _shares(stack: Any, args: tuple, keywords: dict[str, Any], where: targets.Ta
             "are those of all devices together",
             stacklevel=3,
         )
-        return None
+        return _WHOLE
 
 
-def _of_run(run: Run, where: targets.Target | None, shares: Shares | None) -> Explanation:
+def _of_run(run: Run, where: targets.Target | None, shares: Sequence[Shares | None]) -> Explanation:
     if run.first is None:
-        return _explained(run, where, shares)
+        return _explained(run, where, shares[0])
     others = replace(run, length=run.length - run.first.length, first=None)
-    whole = _explained(replace(run, first=None), None, shares)
-    return _of_parts(whole, _explained(run.first, where, shares), _explained(others, where, shares))
+    whole = _explained(replace(run, first=None), None, shares[0])
+    return _of_parts(whole, _explained(run.first, where, shares[1]), _explained(others, where, shares[0]))
 
 
 def _of_parts(whole: Explanation, *parts: Explanation) -> Explanation:

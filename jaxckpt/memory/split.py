@@ -65,18 +65,25 @@ def inputs_of(run: Run, checkpoints: bool) -> Inputs | None:
     return None if mesh.manual_axes else Inputs(run, checkpoints)
 
 
-def shares_in(call: Callable[[list[Any]], Any], arrays: list[Any], where: Target) -> Shares | None:
+def shares_in(call: Callable[[list[Any]], Any], arrays: list[Any], where: Target) -> list[Shares | None]:
     """Those of the stack that a program runs, or of what is no stack; None where its values have the shapes of one device.
+
+    Of the first blocks too, if they run under a setting of their own.
 
     Raises:
         ValueError: it cannot be told how they are split.
     """
-    seen: list[tuple[bool, Inputs | None]] = []
-    with observing(lambda run: seen.append((run.is_stack, inputs_of(run, checkpoints=False)))):
+    seen: list[tuple[bool, list[Inputs | None]]] = []
+
+    def see(run: Run) -> None:
+        parts = [run, *([] if run.first is None else [run.first])]
+        seen.append((run.is_stack, [inputs_of(part, checkpoints=False) for part in parts]))
+
+    with observing(see):
         lowered, _ = lowered_on(where, jax.jit(call), "what is explained", (arrays,))
     where.compile(lowered)
-    _, inputs = max(seen, key=lambda found: found[0])
-    return None if inputs is None else shares_of(inputs, where, where.gpu or REFERENCE)
+    _, found = max(seen, key=lambda found: found[0])
+    return [None if inputs is None else shares_of(inputs, where, where.gpu or REFERENCE) for inputs in found]
 
 
 def _placed(aval: Any, sharding: Any, is_stacked: bool) -> jax.ShapeDtypeStruct:

@@ -9,6 +9,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxckpt import checkpoint, checkpoint_scan, explain, targets
+from jaxckpt._plan import Knobs, under
 
 N, WIDTH, HIDDEN, BATCH = 6, 256, 1024, 4096
 MIB = 2**20
@@ -126,6 +127,19 @@ def test_slices(h200):
     one = explain(checkpoint_scan(constrained, tiles=2), w, x, target="h200:8")
     assert len(one.slices) == 1 and one.stored_bytes == N * BATCH * WIDTH * 2 / 8
     assert one.sent_bytes == pytest.approx(7 / 8 * PARAMETERS)
+
+
+def test_a_plan_of_which_the_first_blocks_differ(h200):
+    mesh, w, x = on_mesh("fsdp")
+    of_batch = NamedSharding(mesh, P("data"))
+    stack = checkpoint_scan(lambda w, x: lax.with_sharding_constraint(block(w, x), of_batch), plan="auto:s")
+    knobs = Knobs(policy="everything", engine="reversal", first=(2, Knobs(tiles=2, engine="reversal")))
+    with under({"s": knobs}):
+        one = explain(stack, w, x, target="h200:8")
+    first, others = one.parts
+    assert (first.length, others.length) == (2, 4) and len(first.slices) == 1
+    assert first.stored_bytes == 2 * BATCH * WIDTH * 2 / 8 and others.stored_bytes > 4 * BATCH * HIDDEN * 2 / 8
+    assert first.sent_bytes == others.sent_bytes == one.sent_bytes == pytest.approx(7 / 8 * PARAMETERS)
 
 
 def test_what_is_no_stack_and_a_module(h200):
