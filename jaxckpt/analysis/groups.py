@@ -73,9 +73,17 @@ def devices_of(closed: Any, carried: Sequence[int]) -> int:
     return max((mesh.size for mesh in [*placed, *(sharding.mesh for sharding in named)] if not mesh.empty), default=1)
 
 
-def says_of_batch(closed: Any) -> bool:
-    """Whether a constraint in the block says how axis 0 of anything is split, or that it is not."""
-    return any(sharding_axes(eqn, 0) is not None for eqn in _constraints(closed.jaxpr))
+def why_slices_send(closed: Any, carried: Sequence[int]) -> str | None:
+    """Why slices of a block on several devices, which is not in groups, may send for each; None where they send nothing."""
+    batch = {aval.shape[0] for i in carried if (aval := closed.in_avals[i]).shape}
+    constraints = [eqn for eqn in _constraints(closed.jaxpr) if eqn.outvars[0].aval.shape[0] in batch]
+    said = {axes for eqn in constraints if (axes := sharding_axes(eqn, 0)) is not None}
+    if not said:
+        return (
+            "nothing in it says how its batch is split. Let it constrain what it returns, "
+            "jax.lax.with_sharding_constraint(x, P('data')), with the mesh axes of its batch, or P(None) where it has none"
+        )
+    return None if said == {()} else "its examples do not stay apart, or are not on axis 0 of all that enters it"
 
 
 def _constraints(jaxpr: Any) -> list[Any]:

@@ -12,7 +12,7 @@ from jaxckpt.analysis import flow, inlining, numbering, sources
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis.cost import REFERENCE
 from jaxckpt.analysis.cuts import SLACK, Block, find_cuts
-from jaxckpt.analysis.groups import axes_of_groups, devices_of, in_groups, says_of_batch
+from jaxckpt.analysis.groups import axes_of_groups, devices_of, in_groups, why_slices_send
 from jaxckpt.analysis.slices_cost import slicing_seconds
 from jaxckpt.analysis.stages import Piece, cuts_at_tags, pieces_between
 from jaxckpt.analysis.tiles import Tiler, Tiles, Tilings
@@ -72,18 +72,11 @@ def cut(
 def _warn_of_traffic(closed: Any, carried: Sequence[int], names: check.Names) -> None:
     """Says that parameters are gathered, and gradients summed, for each slice, where that may be, and what to do."""
     devices = devices_of(closed, carried)
-    if devices == 1:
-        return
-    why = "its examples do not stay apart, or are not on axis 0 of all that enters it"
-    if not says_of_batch(closed):
-        why = (
-            "nothing in it says how its batch is split. Let it constrain what it returns, "
-            "jax.lax.with_sharding_constraint(x, P('data')), with the mesh axes of its batch, or P(None) where it has none"
+    if devices > 1 and (why := why_slices_send(closed, carried)) is not None:
+        check.warn(
+            f"{names.block}: tiles on a mesh of {devices} devices may gather parameters, and sum gradients over devices, "
+            f"for each slice: {why}"
         )
-    check.warn(
-        f"{names.block}: tiles on a mesh of {devices} devices may gather parameters, and sum gradients over devices, for "
-        f"each slice: {why}"
-    )
 
 
 def _reason(jaxpr: Any, pieces: Sequence[Piece], tiles: Most) -> str:

@@ -31,9 +31,11 @@ from jaxckpt._setting import with_knobs
 from jaxckpt.analysis import flow, inlining, tagging
 from jaxckpt.analysis import jaxpr as jx
 from jaxckpt.analysis.cost import step_seconds
+from jaxckpt.analysis.groups import in_groups, why_slices_send
 from jaxckpt.analysis.mincut import lower_hull
 from jaxckpt.analysis.shares import Shares, tradeoff_of_one
 from jaxckpt.analysis.tradeoff import Choice, Tradeoff, tradeoff_of
+from jaxckpt.engine import check
 from jaxckpt.engine.planned import described
 from jaxckpt.engine.run import Run
 from jaxckpt.engine.schedule import whole_runs
@@ -144,11 +146,24 @@ class Stack:
             held = self.trade.wanted_bytes / (whole or 1)
         kept = [(), *(choice.names for choice in self.trade.choices)]
         self.cuts = cuts_of(run, merged, kept, self.carry_bytes, rates, shares, held)
+        if shares is not None:
+            self._leave_out_tiles(run, merged)
         is_batched = any(jx.is_batched(leaf) for part in run.leaves for leaf in part)
         self.can_be_alone = not is_batched and not jx.collective_axes(run.closed)
         xs, carried, arrays = [[_type(leaf) for leaf in part] for part in run.leaves]
         constants = [_type(value) if isinstance(value, Tracer) else value for value in run.closed.consts]
         self.run = replace(run, closed=jx.closed(run.closed.jaxpr, constants), leaves=(xs, carried, arrays))
+
+    def _leave_out_tiles(self, run: Run, merged: Any) -> None:
+        """Where the compiler splits the block over devices, unless slices send nothing of their own."""
+        slices, carry = len(run.leaves[0]), [jax.typeof(leaf) for leaf in run.leaves[1]]
+        carried = range(slices, slices + len(carry))
+        if not run.is_stack or all(cut.knobs.tiles is None for cut in self.cuts.values()):
+            return
+        if in_groups(merged, carried)[1] == 1 and (why := why_slices_send(merged, carried)) is not None:
+            block = run.names.block
+            check.warn(f"the plan leaves out tiles of {block}, each slice of which may send between devices: {why}")
+            self.cuts = {pieces: cut for pieces, cut in self.cuts.items() if cut.knobs.tiles is None}
 
     def asked(self, of_block: Knobs, where: Target) -> Asked:
         """What blocks keep, and what their compiled backward pass takes beside what it is given and what it returns.

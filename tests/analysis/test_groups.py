@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxckpt.analysis import inlining
 from jaxckpt.analysis import jaxpr as jx
-from jaxckpt.analysis.groups import axes_of_groups, in_groups
+from jaxckpt.analysis.groups import axes_of_groups, in_groups, why_slices_send
 from jaxckpt.engine.cutting import pieces_of
 from jaxckpt.models import PairformerBlock, TransformerBlock
 from tests.support import slice_small_values
@@ -157,3 +157,19 @@ def test_no_slice_cuts_across_groups(kind, tiles, batch, monkeypatch):
         rules = [(flat.jaxpr.eqns[i], found) for i, found in tiling.inside.items() if found]
         outputs = itertools.chain.from_iterable(zip(eqn.outvars, found.outputs, strict=True) for eqn, found in rules)
         assert not [var for var, axis in outputs if axis is not None and axes.get(var) == axis]
+
+
+@pytest.mark.parametrize(
+    ("block", "why"),
+    [
+        (plain, "nothing in it says how its batch is split"),
+        (constrained("data"), "its examples do not stay apart"),
+        (constrained(None), None),
+        (constrained(P.UNCONSTRAINED, "data"), "nothing in it says"),
+        (lambda w, x: x @ lax.with_sharding_constraint(w, NamedSharding(MESH, P(None))), "nothing in it says"),
+    ],
+)
+def test_why_slices_send(block, why):
+    """Asked of a block that was not written for groups."""
+    found = why_slices_send(jx.trace(block, W, on((16, 6))), [1])
+    assert found is None if why is None else found.startswith(why)

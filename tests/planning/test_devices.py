@@ -1,5 +1,6 @@
 """Plans for several devices: bytes and times are those of one device, however the step is split over them."""
 
+import contextlib
 import itertools
 from functools import partial
 
@@ -34,7 +35,8 @@ def block(w, x, *, kind, axis_type):
     elif axis_type == AxisType.Explicit:
         up, down = jax.reshard(up, P(None, "tensor" * (kind == "tensor") or None)), jax.reshard(down, P(None, None))
     h = jax.nn.gelu(x @ up)
-    return x + jnp.sin(jnp.sin(h) * h) @ down
+    out = x + jnp.sin(jnp.sin(h) * h) @ down
+    return lax.with_sharding_constraint(out, P("data")) if kind != "shard_map" and axis_type == AxisType.Auto else out
 
 
 @pytest.fixture
@@ -111,6 +113,11 @@ def in_remat(w, x):
     return jax.grad(jax.checkpoint(loss_of(lambda w, x: x + jnp.sin(x @ w))))(w, x)
 
 
+# Its examples do not stay apart.
+_no_tiles = pytest.mark.filterwarnings("ignore:the plan leaves out tiles of <lambda>")
+
+
+@_no_tiles
 @pytest.mark.parametrize("step", [with_keys, with_rest_and_constant, in_remat])
 def test_steps_of_other_kinds(h200, step):
     found = of_eight(step)
@@ -188,6 +195,29 @@ def test_what_the_compiler_does_not_tell_is_said(h200):
         assert of_eight(micro_batches).peak_bytes <= 60 * 2**20
 
 
+@pytest.mark.parametrize(
+    ("of_batch", "said"),
+    [
+        (None, "nothing in it says how its batch is split. Let it constrain what it returns"),
+        (P("data"), None),
+        (P(None), None),
+    ],
+)
+def test_slices_that_send_are_left_out(h200, of_batch, said):
+    """With a warning that says why: the time model does not know what each slice sends."""
+    mesh = targets.get("h200:8").mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+
+    def block(w, x):
+        out = x + jnp.sin(jnp.sin(x @ w) @ w.T) @ w
+        return out if of_batch is None else lax.with_sharding_constraint(out, NamedSharding(mesh, of_batch))
+
+    what = f"the plan leaves out tiles of block, each slice of which may send between devices: {said}"
+    with contextlib.nullcontext() if said is None else pytest.warns(UserWarning, match=what):
+        found = of_eight(jax.grad(loss_of(block)), None, objective="memory")
+    assert said is None or not any("tiles" in candidate.setting for candidate in found.candidates)
+
+
+@_no_tiles
 def test_leaks_are_checked(h200):
     search.forget()
     with jax.checking_leaks():
