@@ -54,7 +54,8 @@ _CALLS = frozenset(
 )
 _SUMS = frozenset("psum psum_invariant pmax pmin".split())
 _GATHERS = frozenset("all_gather all_gather_invariant all_gather_reduced reduce_scatter".split())
-_EXCHANGES = frozenset("all_to_all ragged_all_to_all ppermute pbroadcast".split())
+_PERMUTES = frozenset("ppermute pbroadcast".split())
+_COLLECTIVES = _SUMS | _GATHERS | _PERMUTES | {"all_to_all", "ragged_all_to_all"}
 FUSED = 0.25  # how much of a fusible equation's traffic remains
 _DEAR = frozenset("dot_general conv_general_dilated scan while sort top_k approx_top_k fft".split())
 
@@ -140,7 +141,7 @@ def cost(eqn: Any, gpu: Any) -> Cost:
         dtype = eqn.invars[0].aval.dtype
         is_known = dtype.name in {*gpu.matmul_rate, *gpu.vector_rate}
         return Cost(max(matmul_operations(eqn) / rate(gpu, dtype), moved), is_guess=not is_known)
-    if name in _SUMS | _GATHERS | _EXCHANGES:
+    if name in _COLLECTIVES:
         return Cost(sent_bytes(eqn) / gpu.link_bandwidth)
     inner = [_total(jaxpr, gpu) for jaxpr in inner_jaxprs(eqn)]
     if name == "scan":
@@ -174,14 +175,27 @@ def _total(jaxpr: Any, gpu: Any) -> Cost:
     return Cost(sum(c.seconds for c in costs), any(c.is_guess for c in costs))
 
 
-def sent_bytes(eqn: Any) -> int:
-    """What each device sends for the collectives that an equation is, or that are in what it calls, loops over or scans."""
-    if eqn.primitive.name not in _SUMS | _GATHERS | _EXCHANGES:
-        return eqn.params.get("length", 1) * sum(sent_bytes(e) for jaxpr in inner_jaxprs(eqn) for e in jaxpr.eqns)
+def sent_bytes(eqn: Any, sizes: Mapping[Any, int] | None = None) -> int:
+    """What each device sends for the collectives that an equation is, or that are in its loop, its call or its branches.
+
+    Arguments:
+        sizes: of the axes that have names; along an axis of which it is not known there are many devices.
+    """
+    name, sizes = eqn.primitive.name, dict(sizes or {})
+    if name not in _COLLECTIVES:
+        sizes |= dict(eqn.params["mesh"].shape) if name == "shard_map" else {}
+        inner = [sum(sent_bytes(e, sizes) for e in jaxpr.eqns) for jaxpr in inner_jaxprs(eqn)]
+        return max(inner, default=0) if name == "cond" else eqn.params.get("length", 1) * sum(inner)
     given, made = (sum(nbytes(var.aval) for var in variables(vars)) for vars in (eqn.invars, eqn.outvars))
-    if eqn.primitive.name in _GATHERS:
+    if name in _GATHERS:
         return abs(made - given)
-    return (2 if eqn.primitive.name in _SUMS else 1) * given
+    axes = eqn.params.get("axes", eqn.params.get("axis_name"))
+    if groups := eqn.params.get("axis_index_groups"):
+        devices = len(groups[0])
+    else:
+        devices = math.prod(sizes.get(axis, math.inf) for axis in (axes if isinstance(axes, (tuple, list)) else [axes]))
+    of_ring = 1.0 if name in _PERMUTES and devices > 1 else 1 - 1 / devices
+    return round((2 if name in _SUMS else 1) * of_ring * given)
 
 
 def matmul_operations(eqn: Any) -> int:

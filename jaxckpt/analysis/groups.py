@@ -75,8 +75,11 @@ def devices_of(closed: Any, carried: Sequence[int]) -> int:
 
 def why_slices_send(closed: Any, carried: Sequence[int]) -> str | None:
     """Why slices of a block on several devices, which is not in groups, may send for each; None where they send nothing."""
+    jaxpr = inlining.inlined(closed).jaxpr
     batch = {aval.shape[0] for i in carried if (aval := closed.in_avals[i]).shape}
-    constraints = [eqn for eqn in _constraints(closed.jaxpr) if eqn.outvars[0].aval.shape[0] in batch]
+    of_carry = flow.dependent(jaxpr, carried)
+    computed = jaxpr.replace(eqns=[eqn for eqn in jaxpr.eqns if not of_carry.isdisjoint(eqn.outvars)])
+    constraints = [eqn for eqn in _constraints(computed) if eqn.outvars[0].aval.shape[0] in batch]
     said = {axes for eqn in constraints if (axes := sharding_axes(eqn, 0)) is not None}
     if not said:
         return (

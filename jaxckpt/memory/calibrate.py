@@ -13,6 +13,7 @@ from jaxckpt.analysis.cost import CPU, REFERENCE, Rates
 from jaxckpt.memory.targets import Target
 
 _DTYPES = ("float32", "bfloat16")
+_PUBLISHED = ("host", "link", "network")
 
 
 def cache_file() -> Path:
@@ -23,7 +24,7 @@ def cache_file() -> Path:
 def rates_of(target: Target) -> Any:
     """What the time model is to know of a target: what was calibrated, or published facts, or a guess for CPUs."""
     if target.is_present and (found := _read().get(_key(target))) is not None:
-        return found
+        return _with_links(found, target)
     if target.gpu is not None:
         return target.gpu
     return CPU if target.is_present and target.devices[0].platform == "cpu" else REFERENCE
@@ -43,7 +44,13 @@ def calibrate(target: Target, again: bool = False) -> Rates:
         path = cache_file()
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({key: rates._asdict() for key, rates in known.items()}, indent=1) + "\n")
-    return known[_key(target)]
+    return _with_links(known[_key(target)], target)
+
+
+def _with_links(rates: Rates, target: Target) -> Rates:
+    """What was measured, with published rates of links, which take another device to measure."""
+    links = target.gpu or (CPU if target.devices[0].platform == "cpu" else REFERENCE)
+    return rates._replace(**{f"{name}_bandwidth": getattr(links, f"{name}_bandwidth") for name in _PUBLISHED})
 
 
 def _measured(target: Target) -> Rates:
@@ -58,16 +65,14 @@ def _measured(target: Target) -> Rates:
         for dtype in _DTYPES:
             a = jnp.ones((size, size), dtype)
             matmul[dtype] = 2 * size**3 / _seconds(jax.jit(jnp.matmul), a, a)
-    links = CPU if is_cpu else target.gpu or REFERENCE  # published
-    return Rates(
+    matmul["float16"] = matmul["bfloat16"]
+    measured = REFERENCE._replace(
         memory_bandwidth=bandwidth,
-        matmul_rate={**matmul, "float16": matmul["bfloat16"]},
+        matmul_rate=matmul,
         vector_rate={"float32": vector},
-        host_bandwidth=links.host_bandwidth,
-        link_bandwidth=links.link_bandwidth,
-        network_bandwidth=links.network_bandwidth,
         fresh_bandwidth=CPU.fresh_bandwidth if is_cpu else float("inf"),
     )
+    return _with_links(measured, target)
 
 
 def _seconds(fn: Any, *args: Any) -> float:
@@ -89,17 +94,19 @@ def _read() -> dict[str, Rates]:
     """What was measured before; what is not in the file as `calibrate` writes it is not there."""
     try:
         found = json.loads(cache_file().read_text())
-        return {key: Rates(**fields) for key, fields in found.items() if _is_whole(fields)}
+        links = dict.fromkeys([f"{name}_bandwidth" for name in _PUBLISHED], 0.0)  # an older file has not all of them
+        return {key: Rates(**{**links, **fields}) for key, fields in found.items() if _is_whole(fields)}
     except (OSError, ValueError, AttributeError):  # none yet, or one that something else has written
         return {}
 
 
 def _is_whole(fields: Any) -> bool:
-    if not isinstance(fields, dict) or fields.keys() != set(Rates._fields):
+    published = {f"{name}_bandwidth" for name in _PUBLISHED}
+    if not isinstance(fields, dict) or fields.keys() | published != {*Rates._fields}:
         return False
     tables = [fields["matmul_rate"], fields["vector_rate"]]
     if not all(isinstance(table, dict) and "float32" in table for table in tables):
         return False
-    links = [fields[f"{name}_bandwidth"] for name in ("memory", "host", "link", "network", "fresh")]
+    links = [fields[f"{name}_bandwidth"] for name in ("memory", "fresh")]
     rates = [*links, *(rate for table in tables for rate in table.values())]
     return all(isinstance(rate, (int, float)) and rate > 0 for rate in rates)

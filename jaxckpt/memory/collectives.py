@@ -148,28 +148,31 @@ def _scope(line: str) -> str:
 
 
 def _group(line: str, devices: int) -> tuple[int, ...]:
-    """The devices that a collective joins; of several such groups the first."""
-    if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", line):
-        return tuple(map(int, listed[1].split(",")))
+    """The devices that a collective joins: of several such groups one that lies on the most hosts."""
+    return max(_groups(line, devices), key=lambda group: len({device // PER_HOST for device in group}))
+
+
+def _groups(line: str, devices: int) -> list[tuple[int, ...]]:
+    if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]+\})\}", line):
+        return [tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", listed[1])]
+    numbers = np.arange(devices)
     if regular := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        numbers = np.arange(devices).reshape([int(n) for n in regular[3].split(",")])
+        numbers = numbers.reshape([int(n) for n in regular[3].split(",")])
         if regular[4]:
             numbers = numbers.transpose([int(n) for n in regular[4].split(",")])
-        return tuple(numbers.reshape(int(regular[1]), int(regular[2]))[0].tolist())
+        return list(map(tuple, numbers.reshape(int(regular[1]), int(regular[2])).tolist()))
     if on_mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
-        sizes = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", on_mesh[1])}
-        numbers = np.arange(devices).reshape([*sizes.values()])
-        joined = re.findall(r"'([^']*)'(?::\((\d+)\)(\d+))?", on_mesh[2])  # 'x':(2)4 are 4 behind 2 of the axis
-        taken = [[0]] * len(sizes)
-        for i, (name, size) in enumerate(sizes.items()):
-            offsets = [0]
-            for axis, before, own in joined:
-                if axis == name:
-                    step = size // (int(before) * int(own)) if before else 1
-                    offsets = [o + step * k for o in offsets for k in range(int(own) if before else size)]
-            taken[i] = offsets
-        return tuple(numbers[np.ix_(*taken)].ravel().tolist())
-    return tuple(range(devices))
+        sizes, joined = [], []  # of axes of the mesh, and of the parts of those of which only a part is joined
+        taken = {name: part for name, *part in re.findall(r"'([^']*)'(?::\((\d+)\)(\d+))?", on_mesh[2])}
+        for name, size in re.findall(r"'([^']*)'=(\d+)", on_mesh[1]):
+            # 'x':(2)4 are 4 behind 2 of the axis.
+            before, own = map(int, taken[name]) if taken.get(name, [""])[0] else (1, int(size))
+            joined += [len(sizes) + 1] if name in taken else []
+            sizes += [before, own, int(size) // (before * own)]
+        others = [i for i in range(len(sizes)) if i not in joined]
+        count = math.prod(sizes[i] for i in joined)
+        return list(map(tuple, numbers.reshape(sizes).transpose([*others, *joined]).reshape(-1, count).tolist()))
+    return [tuple(range(devices))]
 
 
 def _whole(kind: str, result: str, is_start: bool) -> tuple[int, bool]:

@@ -32,7 +32,7 @@ from jaxckpt.memory import targets
 from jaxckpt.memory.explanation import Chosen, Explanation, Sent, Value
 from jaxckpt.memory.runs import call_of, look_at_run
 from jaxckpt.memory.slices import sliced_pieces
-from jaxckpt.memory.split import shares_in
+from jaxckpt.memory.split import NotTold, shares_in
 from jaxckpt.policies.grammar import everything
 
 
@@ -110,16 +110,18 @@ _WHOLE = (None, None)
 
 def _shares(stack: Any, args: tuple, keywords: dict[str, Any], where: targets.Target) -> Sequence[Shares | None]:
     """What one device has of the block, if its values have the shapes of all; and of the first blocks', if they differ."""
-    call, arrays = call_of(stack, args, keywords)
-    if any(isinstance(array, Tracer) for array in arrays):
-        return _WHOLE  # inside of `shard_map`
+    if jax.sharding.get_abstract_mesh().manual_axes:  # inside of `shard_map`
+        return _WHOLE
     look_at_run(stack, args, keywords, lambda run: run)  # raises where there is nothing to explain
+    call, arrays = call_of(stack, args, keywords)
     try:
+        if any(isinstance(array, Tracer) for array in arrays):
+            raise NotTold("explain is called inside of a function that is being traced")
         return shares_in(call, arrays, where)
-    except Exception as error:
+    except NotTold as reason:
         warnings.warn(
-            f"how values are split over {where.name!r} cannot be told ({str(error).splitlines()[0]}). Their bytes and times "
-            "are those of all devices together",
+            f"how values are split over {where.name!r} cannot be told ({reason}). Their bytes and times are those of all "
+            "devices together",
             stacklevel=3,
         )
         return _WHOLE
@@ -195,7 +197,8 @@ def _block(run: Run, gpu: Any, shares: Shares | None) -> _Block:
     merged, of_merged = inlining.merge(run.closed)
     costs = None if gpu is None else [cost(eqn, gpu) for eqn in eqns]
     if shares is None:
-        return _Block(of_merged, None, costs, [*map(sent_bytes, eqns)])
+        sizes = jax.sharding.get_abstract_mesh().shape
+        return _Block(of_merged, None, costs, [sent_bytes(eqn, sizes) for eqn in eqns])
     if costs is not None:
         of_one = shares.seconds(merged.jaxpr, run.parameters, gpu)
         costs = [found._replace(seconds=of_one[i]) for i, found in zip(of_merged, costs, strict=True)]
@@ -279,6 +282,7 @@ def _seconds(
     merged, number = inlining.merged(run.closed), block.of_merged
     if any(map(jx.is_checkpoint, eqns)):
         forward, rerun = _beside_checkpoints(run, have, wanted, block.costs)
+        forward += 0.0 if block.shares is None else block.shares.gathering
     else:
         question = merged, rates, run.parameters
         trade = tradeoff_of(*question) if block.shares is None else tradeoff_of_one(*question, block.shares)

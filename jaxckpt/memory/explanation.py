@@ -2,6 +2,7 @@
 
 import dataclasses
 import html
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,7 +142,9 @@ class Explanation:
     def __str__(self) -> str:
         if self.parts:
             return "\n\n".join([self._title(), *map(str, self.parts), "\n".join(self._totals())])
-        lines = aligned([self._columns(), *map(self._cells, self.values)], right=(4, 5, 6))
+        columns = self._columns()
+        cells = [_cells(value)[: len(columns)] for value in self.values]
+        lines = aligned([columns, *cells], right=(4, 5, 6))
         return "\n".join([self._title(), "", *lines, "", *self._totals()])
 
     def to_html(self) -> str:
@@ -149,27 +152,23 @@ class Explanation:
         head = "".join(f"<th>{name}</th>" for name in self._columns())
         most = max((v.bytes for v in self.values), default=1) or 1
         title = lambda part: f'<tr><th colspan="{len(self._columns()) + 1}">{html.escape(part._title())}</th></tr>\n'  # noqa: E731
-        rows = "\n".join(title(part) + part._rows(most) for part in self.parts) or self._rows(most)
+        columns = self._columns()
+        rows = "\n".join(title(part) + part._rows(most, columns) for part in self.parts) or self._rows(most, columns)
         totals = "".join(f"<li>{html.escape(line.strip())}</li>" for line in self._totals())
         return _PAGE.format(title=html.escape(self._title()), head=head, rows=rows, totals=totals)
 
-    def _rows(self, most: int) -> str:
+    def _rows(self, most: int, columns: Sequence[str]) -> str:
         """The rows of a page, with bars beside them; `most` bytes are the longest."""
         return "\n".join(
             f'<tr class="{v.fate.split()[0]}">'
-            + "".join(f"<td>{html.escape(cell)}</td>" for cell in self._cells(v))
+            + "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(v)[: len(columns)])
             + f'<td><div style="width:{200 * v.bytes / most:.0f}px"></div></td></tr>'
             for v in self.values
         )
 
     def _columns(self) -> tuple[str, ...]:
-        return (*_COLUMNS, *["sends"] * self._sends())
-
-    def _cells(self, value: Value) -> tuple[str, ...]:
-        return (*_cells(value), *[size_text(value.sent_bytes) if value.sent_bytes else ""] * self._sends())
-
-    def _sends(self) -> bool:
-        return any(value.sent_bytes for value in self.values)
+        """Without the last one where no value is sent for."""
+        return _COLUMNS if any(value.sent_bytes for value in self.values) else _COLUMNS[:-1]
 
     def _title(self) -> str:
         chunks = "" if self.blocks_per_ckpt is None else f", blocks_per_ckpt={self.blocks_per_ckpt}"
@@ -187,8 +186,8 @@ class Explanation:
             lines.append(f"and while a chunk of {self.blocks_per_ckpt} is differentiated: {size_text(self.chunk_bytes)}")
         lines.append(f"without checkpointing: {size_text(self.wanted_bytes)}")
         if self.sent_bytes:
-            first = "; ".join(f"{sent.name} ({sent.source}) {size_text(sent.bytes)}" for sent in self.sends[:_SENDS])
-            others = f"; {len(self.sends) - _SENDS} others" if len(self.sends) > _SENDS else ""
+            first = "; ".join(f"{sent.name} ({sent.source}) {size_text(sent.bytes)}" for sent in self.sends[:_NAMED])
+            others = f"; {len(self.sends) - _NAMED} others" if len(self.sends) > _NAMED else ""
             lines.append(f"sent by each device in one run of a block: {size_text(self.sent_bytes)}: {first}{others}")
         if self.forward_seconds and self.rerun_seconds is not None:
             share = self.rerun_seconds / self.forward_seconds
@@ -208,15 +207,16 @@ class Explanation:
         return lines
 
 
-_SENDS = 4  # so many are named
-_COLUMNS = ("value", "op", "source", "shape", "of one block", "blocks", "in all", "fate", "re-run")
+_NAMED = 4  # of what sends
+_COLUMNS = ("value", "op", "source", "shape", "of one block", "blocks", "in all", "fate", "re-run", "sends")
 
 
 def _cells(value: Value) -> tuple[str, ...]:
     shape = f"{value.dtype}[{','.join(map(str, value.shape))}]"
     spent = "" if value.seconds is None else f"{'~' * value.is_guess}{value.seconds * 1e6:,.1f} us"
     sizes = size_text(value.bytes_per_block), str(value.times), size_text(value.bytes)
-    return (value.name, value.op, value.source, shape, *sizes, value.fate, spent)
+    sent = size_text(value.sent_bytes) if value.sent_bytes else ""
+    return (value.name, value.op, value.source, shape, *sizes, value.fate, spent, sent)
 
 
 _PAGE = """<!doctype html>

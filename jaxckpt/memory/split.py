@@ -16,17 +16,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxckpt.analysis import inlining, numbering
 from jaxckpt.analysis import jaxpr as jx
-from jaxckpt.analysis.cost import REFERENCE
+from jaxckpt.analysis.cost import REFERENCE, sent_bytes
 from jaxckpt.analysis.shares import Shares
 from jaxckpt.engine.run import Run
 from jaxckpt.memory.collectives import calls
 from jaxckpt.memory.meshes import lowered_on, mesh_on
 from jaxckpt.memory.runs import observing
 from jaxckpt.memory.targets import Target
+
+
+class NotTold(ValueError):
+    """How something is split cannot be told."""
 
 
 class Inputs:
@@ -36,6 +40,7 @@ class Inputs:
         self.block = run.names.block
         flat = inlining.merged(inlining.inlined(run.closed, checkpoints=checkpoints))
         self.jaxpr, self.constants, self.parameters = flat.jaxpr, list(map(jax.typeof, flat.consts)), run.parameters
+        self.carried = range(len(run.leaves[0]), len(run.leaves[0]) + len(run.leaves[1]))
         self.leaves = [(jax.typeof(leaf), part == 0) for part, leaves in enumerate(run.leaves) for leaf in leaves]
         self.shardings: dict[int, Any] = {}
         for i, leaf in enumerate(leaf for leaves in run.leaves for leaf in leaves):
@@ -55,13 +60,13 @@ def inputs_of(run: Run, checkpoints: bool) -> Inputs | None:
         checkpoints: of the block's own are inlined too.
 
     Raises:
-        ValueError: it cannot be told how they are split.
+        NotTold: it cannot be told how they are split.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if any(map(jx.is_batched, itertools.chain(*run.leaves))):
-        raise ValueError("it runs under vmap, where it has the shapes of one example")
+        raise NotTold("it runs under vmap, where it has the shapes of one example")
     if mesh.manual_axes and set(mesh.manual_axes) != set(mesh.axis_names):
-        raise ValueError("it runs in shard_map along some axes of the mesh only")
+        raise NotTold("it runs in shard_map along some axes of the mesh only")
     return None if mesh.manual_axes else Inputs(run, checkpoints)
 
 
@@ -71,19 +76,31 @@ def shares_in(call: Callable[[list[Any]], Any], arrays: list[Any], where: Target
     Of the first blocks too, if they run under a setting of their own.
 
     Raises:
-        ValueError: it cannot be told how they are split.
+        NotTold: it cannot be told how they are split.
     """
-    seen: list[tuple[bool, list[Inputs | None]]] = []
+    seen: list[tuple[bool, list[Inputs | None] | NotTold]] = []
 
     def see(run: Run) -> None:
         parts = [run, *([] if run.first is None else [run.first])]
-        seen.append((run.is_stack, [inputs_of(part, checkpoints=False) for part in parts]))
+        try:
+            seen.append((run.is_stack, [inputs_of(part, checkpoints=False) for part in parts]))
+        except NotTold as reason:
+            seen.append((run.is_stack, reason))
 
     with observing(see):
         lowered, _ = lowered_on(where, jax.jit(call), "what is explained", (arrays,))
-    where.compile(lowered)
     _, found = max(seen, key=lambda found: found[0])
+    if isinstance(found, NotTold):
+        raise found
+    _compiled(where, lowered)
     return [None if inputs is None else shares_of(inputs, where, where.gpu or REFERENCE) for inputs in found]
+
+
+def _compiled(where: Target, lowered: Any, options: dict[str, Any] | None = None) -> Any:
+    try:
+        return where.compile(lowered, options)
+    except Exception as error:  # what the compiler says, or what JAX does where it cannot say how something is split
+        raise NotTold(f"{error}".partition("\n")[0] or type(error).__name__) from error
 
 
 def _placed(aval: Any, sharding: Any, is_stacked: bool) -> jax.ShapeDtypeStruct:
@@ -104,7 +121,11 @@ _ONE_BY_ONE = {f"xla_gpu_{kind}_combine_threshold_bytes": 0 for kind in ("all_ga
 
 
 def shares_of(block: Inputs, where: Target, rates: Any) -> Shares:
-    """The shares of a block's values, as the compiler splits its forward pass."""
+    """The shares of a block's values, as the compiler splits its forward pass, its carry as it is given.
+
+    Raises:
+        NotTold: the compiler fails.
+    """
     jaxpr, given = block.jaxpr, block.types()
     found: dict[tuple[int, int], float] = {}
 
@@ -118,11 +139,17 @@ def shares_of(block: Inputs, where: Target, rates: Any) -> Shares:
 
     def forward(constants: list[Any], inputs: list[Any]) -> list[Any]:
         closed = jx.closed(jaxpr, constants)
-        return numbering.as_function(closed, itertools.count(), numbering.scope, look_at)(*inputs)
+        out = numbering.as_function(closed, itertools.count(), numbering.scope, look_at)(*inputs)
+        for k, i in enumerate(block.carried):
+            if (number := made_by.get(id(jaxpr.outvars[k]))) is not None:
+                out[k] = _as_given(out[k], given[i].sharding, number)
+        return out
+
+    made_by = {id(var): i for i, eqn in enumerate(jaxpr.eqns) for var in eqn.outvars}
 
     constants = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in block.constants]
     with mesh_on(where):
-        text = where.compile(jax.jit(forward).lower(constants, given), _ONE_BY_ONE).as_text()
+        text = _compiled(where, jax.jit(forward).lower(constants, given), _ONE_BY_ONE).as_text()
     outputs = tuple(tuple(found.get((i, k), 1.0) for k in range(len(eqn.outvars))) for i, eqn in enumerate(jaxpr.eqns))
     sending, sent, gathering = [0.0] * len(jaxpr.eqns), [0.0] * len(jaxpr.eqns), 0.0
     of_parameters = {f"inputs[{i}]" for i in block.parameters}
@@ -136,10 +163,18 @@ def shares_of(block: Inputs, where: Target, rates: Any) -> Shares:
             sent[number] += call.sent_bytes
         if call.inputs and call.inputs <= of_parameters:
             gathering += call.seconds(rates)
-        elif number is not None:
+        elif number is not None and not sent_bytes(jaxpr.eqns[number]):  # whose cost does not have them
             sending[number] += call.seconds(rates)
     shares = tuple(share_of(leaf.sharding, leaf.shape) for leaf in given)
     return Shares(shares, outputs, tuple(map(round, sent)), tuple(sending), gathering)
+
+
+def _as_given(value: Any, sharding: Any, number: int) -> Any:
+    """An output of a block, split as the next block is given it."""
+    if not isinstance(sharding, NamedSharding) or AxisType.Explicit in sharding.mesh.axis_types:
+        return value
+    with numbering.scope(number):
+        return jax.lax.with_sharding_constraint(value, sharding)
 
 
 def share_of(sharding: Any, shape: Sequence[int]) -> float:

@@ -60,6 +60,11 @@ def cuts_of(
     slices, found = len(run.leaves[0]), {}
     tilings: Recent[Tilings] = Recent(1)
     carried = range(slices, slices + len(run.leaves[1]))
+    whole = [cost(eqn, rates).seconds for eqn in merged.jaxpr.eqns]
+    of_one = whole if shares is None else shares.seconds(merged.jaxpr, run.parameters, rates)
+    computing = sum(of_one) - (0.0 if shares is None else sum(shares.sending))
+    # Pieces are of the same equations, in another order.
+    seconds_of = {eqn.outvars[0]: seconds for eqn, seconds in zip(merged.jaxpr.eqns, of_one, strict=True)}
     for knobs in (STAGES, *TILES) if not jx.effects(merged) else ():
         flat, pieces = pieces_of(merged, carried, "auto", cast(Most, knobs.tiles), tilings=tilings)
         is_found = any(piece.tiles for piece in pieces) if knobs.tiles else len(pieces) > 1
@@ -67,17 +72,13 @@ def cuts_of(
             continue
         longer = sum(slicing_seconds(flat.jaxpr, piece.tiles, rates) for piece in pieces if piece.tiles)
         is_run_again = run.is_stack or single.is_run_again(flat, pieces, run.leaves[2])
-        seconds = [cost(eqn, rates).seconds for eqn in flat.jaxpr.eqns]
-        if shares is not None:  # `flat` has the same equations, as it was flat
-            of_one = shares.seconds(flat.jaxpr, run.parameters, rates)
-            longer *= (sum(of_one) - sum(shares.sending)) / (sum(seconds) or 1.0)
-            seconds = of_one
+        longer *= computing / (sum(whole) or 1.0)
         entering = {}
         for names in kept:
             outputs = filter(None, map(tagging.output_of, names))
             variables = {merged.jaxpr.eqns[i].outvars[k] for i, k in outputs}  # which are those of `flat`, as it was flat
             before = run_before_pieces(flat.jaxpr, pieces, variables) if is_run_again else ()
-            entering[names] = sum(seconds[i] for i in sorted(before))
+            entering[names] = sum(seconds_of[flat.jaxpr.eqns[i].outvars[0]] for i in sorted(before))
         largest = round(held * max(piece.bytes for piece in pieces))
         found[knobs.pieces] = Cut(knobs, largest + 2 * carry_bytes, longer, entering)
     return found

@@ -156,8 +156,8 @@ class Stack:
 
     def _leave_out_tiles(self, run: Run, merged: Any) -> None:
         """Where the compiler splits the block over devices, unless slices send nothing of their own."""
-        slices, carry = len(run.leaves[0]), [jax.typeof(leaf) for leaf in run.leaves[1]]
-        carried = range(slices, slices + len(carry))
+        slices = len(run.leaves[0])
+        carried = range(slices, slices + len(run.leaves[1]))
         if not run.is_stack or all(cut.knobs.tiles is None for cut in self.cuts.values()):
             return
         if in_groups(merged, carried)[1] == 1 and (why := why_slices_send(merged, carried)) is not None:

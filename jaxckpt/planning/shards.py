@@ -9,7 +9,7 @@ from jaxckpt.analysis.shares import Shares
 from jaxckpt.engine.run import Run
 from jaxckpt.memory.measure import measure
 from jaxckpt.memory.runs import observing
-from jaxckpt.memory.split import Inputs, inputs_of, shares_of
+from jaxckpt.memory.split import Inputs, NotTold, inputs_of, shares_of
 from jaxckpt.memory.targets import Target
 
 
@@ -43,8 +43,8 @@ def split_of(step: Callable[..., Any], args: Any, where: Target, rates: Any, as_
         try:
             if (inputs := inputs_of(run, checkpoints=True)) is not None:
                 seen[name] = inputs
-        except ValueError as error:
-            _warn(run.names.block, where, str(error))
+        except NotTold as reason:
+            _warn(run.names.block, where, reason)
 
     target = None if as_given else where
     with under(dict.fromkeys(names, Knobs())):
@@ -53,20 +53,21 @@ def split_of(step: Callable[..., Any], args: Any, where: Target, rates: Any, as_
                 found = measure(step, *args, target=target)
         except Exception as error:
             found = measure(step, *args, target=target)  # or it is the step itself that is wrong
-            _warn("the stacks", where, str(error).splitlines()[0])
+            _warn("the stacks", where, error)
             seen = {}
     shares = {}
     for name, inputs in seen.items():
         try:
             shares[name] = shares_of(inputs, where, rates)
-        except Exception as error:
-            _warn(inputs.block, where, str(error).splitlines()[0])
+        except NotTold as reason:
+            _warn(inputs.block, where, reason)
     return Split(shares, found.argument_bytes + found.output_bytes - found.aliased_bytes, found.peak_bytes)
 
 
-def _warn(what: str, where: Target, why: str) -> None:
+def _warn(what: str, where: Target, why: Exception) -> None:
+    reason = f"{why}".partition("\n")[0] or type(why).__name__
     warnings.warn(
-        f"how the values of {what} are split over {where.name!r} cannot be told ({why}). The plan counts them whole, and "
+        f"how the values of {what} are split over {where.name!r} cannot be told ({reason}). The plan counts them whole, and "
         "may leave much of the budget unused",
         stacklevel=5,
     )

@@ -167,9 +167,10 @@ def test_no_slice_cuts_across_groups(kind, tiles, batch, monkeypatch):
         (constrained(None), None),
         (constrained(P.UNCONSTRAINED, "data"), "nothing in it says"),
         (lambda w, x: x @ lax.with_sharding_constraint(w, NamedSharding(MESH, P(None))), "nothing in it says"),
+        (lambda w, x: jax.jit(constrained(None))(w, x), None),
     ],
 )
 def test_why_slices_send(block, why):
     """Asked of a block that was not written for groups."""
-    found = why_slices_send(jx.trace(block, W, on((16, 6))), [1])
+    found = why_slices_send(jx.trace(block, W, on((6, 6))), [1])  # as large as the weight
     assert found is None if why is None else found.startswith(why)

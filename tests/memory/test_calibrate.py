@@ -38,6 +38,16 @@ def test_a_file_that_is_none():
         assert rates_of(where) == CPU
 
 
+def test_an_older_file():
+    """Which does not have all that is published: that is not read off it anyway."""
+    older = CPU._replace(memory_bandwidth=3.0)._asdict()
+    for name in ("link_bandwidth", "network_bandwidth"):
+        del older[name]
+    cache_file().parent.mkdir(parents=True)
+    cache_file().write_text(json.dumps({_key(targets.get("cpu")): {**older, "host_bandwidth": 5.0}}))
+    assert rates_of(targets.get("cpu")) == CPU._replace(memory_bandwidth=3.0)
+
+
 def test_described_targets():
     where = targets.get("h200")
     assert rates_of(where) == where.gpu

@@ -84,7 +84,8 @@ ENTRY %main (w: f32[64,8], x: f32[64]) -> f32[64] {
         ("replica_groups=mesh['data'=4,'tensor'=4] {'tensor','data'}", tuple(range(16))),
         ("replica_groups=mesh['data'=4,'tensor'=4] {'tensor':(1)2}", (0, 2)),
         ("replica_groups=mesh['data'=4,'tensor'=4] {'data':(2)2,'tensor'}", tuple(range(8))),
-        ("source_target_pairs={{0,8},{8,0}}", (0, 8)),
+        ("source_target_pairs={{0,1},{1,2},{7,8},{8,0}}", (7, 8)),  # which crosses hosts
+        ("replica_groups={{0,1},{7,8}}", (7, 8)),
         ("channel_id=1", tuple(range(16))),
     ],
 )

@@ -8,7 +8,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxckpt import checkpoint, checkpoint_scan, explain, targets
+from jaxckpt import checkpoint, checkpoint_scan, explain, measure, targets
 from jaxckpt._plan import Knobs, under
 
 N, WIDTH, HIDDEN, BATCH = 6, 256, 1024, 4096
@@ -104,7 +104,7 @@ def test_collectives_that_a_block_names(h200):
     stack = jax.shard_map(stack, mesh=mesh, in_specs=(specs, P()), out_specs=P(), check_vma=False)
     for found in (explain(stack, w, x), explain(stack, w, x, target="h200:8")):
         (summed,) = found.sends
-        assert summed.name.startswith("psum") and summed.bytes == 2 * BATCH * WIDTH * 2 == found.sent_bytes
+        assert summed.name.startswith("psum") and summed.bytes == 2 * 7 / 8 * BATCH * WIDTH * 2 == found.sent_bytes
         assert [v.bytes_per_block for v in found.values if v.shape[-1] == HIDDEN // 8] == [BATCH * HIDDEN * 2 // 8] * 2
 
 
@@ -179,3 +179,79 @@ def test_where_it_cannot_be_told(h200):
     ):
         found = explain(stack, w, x, target="h200:8")
     assert of_product(found)[1].bytes_per_block == BATCH // 4 * HIDDEN * 2
+
+
+def test_a_carry_is_brought_back_to_how_it_was_given(h200):
+    """A product of which the columns are split leaves a part on each device, and the next block is given the whole."""
+    mesh = on_mesh("tensor")[0]
+    given = lambda shape, spec: jax.ShapeDtypeStruct(shape, "bfloat16", sharding=NamedSharding(mesh, spec))  # noqa: E731
+    stack = checkpoint_scan(lambda w, x: jnp.tanh(x @ w))
+    args = given((4, WIDTH, WIDTH), P(None, None, "tensor")), given((1024, WIDTH), P())
+    found, compiled = explain(stack, *args, target="h200:8"), measure(stack, *args, target="h200:8")
+    assert found.sent_bytes == sum(c.sent_bytes for c in compiled.collectives) / 4 == 7 / 8 * 1024 * WIDTH * 2
+
+
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_named_collectives_are_of_so_many_devices(h200, size):
+    mesh = targets.get("h200:8").mesh((size, 8 // size), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+
+    def block(w, x):
+        summed = lax.psum(x @ w, "a")
+        return lax.cond(x[0, 0] > 0, lambda y: lax.psum(y, "a"), lambda y: lax.psum(lax.psum(y, "a"), "a"), x + summed)
+
+    stack = jax.shard_map(checkpoint_scan(block), mesh=mesh, in_specs=(P(), P()), out_specs=P(), check_vma=False)
+    found = explain(stack, jax.ShapeDtypeStruct((N, 8, 8), "float32"), jax.ShapeDtypeStruct((64, 8), "float32"))
+    assert found.sent_bytes == 3 * 2 * (size - 1) / size * 64 * 8 * 4  # of the dearer branch
+
+
+def test_collectives_in_a_block_are_counted_once(h200):
+    """Of a `shard_map` in it: the compiler puts them in, and the jaxpr has them."""
+    mesh, w, x = on_mesh("tensor")
+    specs = (P(None, "tensor"), P("tensor"))
+    summed = lambda up, down, x: lax.psum(x @ up @ down, "tensor")  # noqa: E731
+    inner = jax.shard_map(summed, mesh=mesh, in_specs=(*specs, P()), out_specs=P(), check_vma=False)
+    stack = checkpoint_scan(lambda w, x: x + jnp.sin(inner(w["up"], w["down"], x)))
+    found = explain(stack, w, x, target="h200:8")
+    sent = 2 * 7 / 8 * BATCH * WIDTH * 2
+    assert found.sent_bytes == pytest.approx(sent)
+    assert sent / 4.5e11 < found.forward_seconds < 1.5 * sent / 4.5e11
+
+
+def test_parameters_are_gathered_for_blocks_with_checkpoints_too(h200):
+    _, w, x = on_mesh("fsdp")
+    plain, own = (explain(checkpoint_scan(b), w, x, target="h200:8") for b in (block, jax.checkpoint(block)))
+    assert own.sent_bytes == plain.sent_bytes > 0
+    assert own.forward_seconds == pytest.approx(plain.forward_seconds)
+
+
+def test_a_head_under_vmap_beside_a_stack(h200):
+    """It is not what is explained."""
+    _, w, x = on_mesh("data")
+    head = checkpoint(lambda x: jnp.sin(x).sum())
+    stack = checkpoint_scan(block)
+    found = explain(lambda w, x: jax.vmap(head)(stack(w, x)), w, x, target="h200:8")
+    assert found.stored_bytes == N * BATCH * WIDTH * 2 / 8
+
+
+def test_inside_of_a_traced_function(h200):
+    _, w, x = on_mesh("data")
+    with pytest.warns(UserWarning, match="explain is called inside of a function that is being traced"):
+        jax.eval_shape(lambda w, x: explain(checkpoint_scan(block), w, x, target="h200:8") and x, w, x)
+
+
+def test_errors_of_the_user_are_errors(h200):
+    mesh = targets.get("h200:4").mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    x = jax.ShapeDtypeStruct((BATCH, WIDTH), "bfloat16", sharding=NamedSharding(mesh, P("data")))
+    with pytest.raises(ValueError, match="lies on 4 devices, and target 'h200:8' has 8"):
+        explain(checkpoint_scan(block), on_mesh("data")[1], x, target="h200:8")
+
+
+def test_a_page_of_parts_has_cells_for_all_columns(h200):
+    _, w, x = on_mesh("tensor")
+    stack = checkpoint_scan(lambda w, x: x + jnp.sin(jnp.sin(x @ w["up"]) @ w["down"]), plan="auto:s")
+    knobs = Knobs(policy="dots", engine="reversal", first=(2, Knobs(engine="reversal")))
+    with under({"s": knobs}):
+        found = explain(stack, w, x, target="h200:8")
+    assert [any(v.sent_bytes for v in part.values) for part in found.parts] == [False, True]
+    rows = [row for row in found.to_html().split("<tr")[1:] if "colspan" not in row]
+    assert len({row.count("<td>") or row.count("<th>") for row in rows}) == 1

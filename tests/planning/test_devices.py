@@ -217,6 +217,21 @@ def test_slices_that_send_are_left_out(h200, of_batch, said):
     assert said is None or not any("tiles" in candidate.setting for candidate in found.candidates)
 
 
+def test_blocks_whose_pieces_are_in_another_order(h200):
+    """Small results are computed last there; what each equation takes is that of the same equation."""
+    mesh = targets.get("h200:8").mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+
+    def block(w, x, total):
+        largest = lax.top_k(jnp.abs(w[0]), 2)[0]
+        for _ in range(3):
+            x = x + jnp.sin(jnp.sin(x @ w) @ w.T) @ w
+        return lax.with_sharding_constraint(x, NamedSharding(mesh, P("data"))), total + largest.sum()
+
+    stack = checkpoint_scan(block, plan="auto")
+    step = jax.grad(lambda w, x: sum(out.astype(jnp.float32).sum() for out in stack(w, x, jnp.zeros((), x.dtype))))
+    assert of_eight(step, None, objective="memory").peak_bytes > 0
+
+
 @_no_tiles
 def test_leaks_are_checked(h200):
     search.forget()
