@@ -98,7 +98,8 @@ INTRODUCTION = """## Plans for eight GPUs
 `plan_on_meshes.py` asks `jaxckpt.plan` for the fastest setting of a training step that is split over eight GPUs, at eight
 budgets of one device, from the least possible to what no checkpointing needs, at some that are named, and at the peaks of
 fixed policies. Peaks are what the compiler says for GPUs that are only described; nothing was run. Columns as in the plans
-under budgets; seconds on two cores that had other jobs, knowing what the plans before compiled."""
+under budgets; seconds on two cores that had other jobs, knowing what the plans before compiled. Runs are by a time model
+that did not count yet what devices send."""
 
 
 def table(entry: dict[str, Any]) -> str:
