@@ -86,7 +86,7 @@ def test_the_column_says_which_values(h200):
     sent = {v.shape: v.sent_bytes for v in found.values if v.op == "dot_general"}
     assert sent == {(BATCH, HIDDEN): 0, (BATCH, WIDTH): round(2 * 7 / 8 * BATCH * WIDTH * 2)}
     assert str(found).splitlines()[2].endswith("sends")
-    assert "in one run of a block: 3.5 MiB: dot_general (test_explain_on_meshes.py:" in str(found)
+    assert "in one run of a block: 3.5 MiB: dot_general (test_on_several_devices.py:" in str(found)
     assert "<th>sends</th>" in found.to_html()
     alone = explain(checkpoint_scan(blocks, policy="dots"), w, x, target="h200")
     assert "sends" not in str(alone) and "sends" not in alone.to_html()
