@@ -185,8 +185,9 @@ class _Block(NamedTuple):
             kind, i = origin.input
             first = {"x": 0, "carry": len(run.leaves[0])}
             return self.shares.inputs[first[kind] + (run.moving[i] if kind == "carry" else i)] if kind in first else 1.0
-        if origin.number is None:
-            return 1.0
+        if origin.number is None:  # a carry on its way to the host, say
+            like = [i for i in run.moving if jax.typeof(run.leaves[1][i]).shape == shape]
+            return self.shares.inputs[len(run.leaves[0]) + like[0]] if like else 1.0
         shares = self.shares.outputs[self.of_merged[origin.number]]
         outputs = [var.aval.shape for var in run.closed.jaxpr.eqns[origin.number].outvars]
         return shares[outputs.index(shape)] if shape in outputs else shares[0]
