@@ -14,7 +14,7 @@
 | everything else (custom calls, kernels) | none | inputs and outputs, marked as a guess |
 
 Rates and bandwidths are those of the target (`jaxckpt.targets`), or `REFERENCE`. Collectives are seen here where the block
-names them, inside of `shard_map`; those that the compiler puts in are told by `jaxckpt.planning.shards`.
+names them, inside of `shard_map`; those that the compiler puts in are told by `jaxckpt.memory.split`.
 """
 
 import math

@@ -92,15 +92,20 @@ def shares_in(call: Callable[[list[Any]], Any], arrays: list[Any], where: Target
     _, found = max(seen, key=lambda found: found[0])
     if isinstance(found, NotTold):
         raise found
-    _compiled(where, lowered)
+    _compiled(where, lambda: lowered)
     return [None if inputs is None else shares_of(inputs, where, where.gpu or REFERENCE) for inputs in found]
 
 
-def _compiled(where: Target, lowered: Any, options: dict[str, Any] | None = None) -> Any:
+def _compiled(where: Target, lower: Callable[[], Any], options: dict[str, Any] | None = None) -> Any:
     try:
-        return where.compile(lowered, options)
+        return where.compile(lower(), options)
     except Exception as error:  # what the compiler says, or what JAX does where it cannot say how something is split
-        raise NotTold(f"{error}".partition("\n")[0] or type(error).__name__) from error
+        raise NotTold(reason_of(error)) from error
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of what an error says; its kind where it says nothing."""
+    return f"{error}".partition("\n")[0] or type(error).__name__
 
 
 def _placed(aval: Any, sharding: Any, is_stacked: bool) -> jax.ShapeDtypeStruct:
@@ -146,10 +151,9 @@ def shares_of(block: Inputs, where: Target, rates: Any) -> Shares:
         return out
 
     made_by = {id(var): i for i, eqn in enumerate(jaxpr.eqns) for var in eqn.outvars}
-
     constants = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in block.constants]
     with mesh_on(where):
-        text = _compiled(where, jax.jit(forward).lower(constants, given), _ONE_BY_ONE).as_text()
+        text = _compiled(where, lambda: jax.jit(forward).lower(constants, given), _ONE_BY_ONE).as_text()
     outputs = tuple(tuple(found.get((i, k), 1.0) for k in range(len(eqn.outvars))) for i, eqn in enumerate(jaxpr.eqns))
     sending, sent, gathering = [0.0] * len(jaxpr.eqns), [0.0] * len(jaxpr.eqns), 0.0
     of_parameters = {f"inputs[{i}]" for i in block.parameters}

@@ -9,7 +9,7 @@ from jaxckpt.analysis.shares import Shares
 from jaxckpt.engine.run import Run
 from jaxckpt.memory.measure import measure
 from jaxckpt.memory.runs import observing
-from jaxckpt.memory.split import Inputs, NotTold, inputs_of, shares_of
+from jaxckpt.memory.split import Inputs, NotTold, inputs_of, reason_of, shares_of
 from jaxckpt.memory.targets import Target
 
 
@@ -65,9 +65,8 @@ def split_of(step: Callable[..., Any], args: Any, where: Target, rates: Any, as_
 
 
 def _warn(what: str, where: Target, why: Exception) -> None:
-    reason = f"{why}".partition("\n")[0] or type(why).__name__
     warnings.warn(
-        f"how the values of {what} are split over {where.name!r} cannot be told ({reason}). The plan counts them whole, and "
-        "may leave much of the budget unused",
+        f"how the values of {what} are split over {where.name!r} cannot be told ({reason_of(why)}). The plan counts them "
+        "whole, and may leave much of the budget unused",
         stacklevel=5,
     )
