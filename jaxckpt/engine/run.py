@@ -55,12 +55,15 @@ class Run:
         """Of the block's jaxpr, then of the first blocks', if they have one of their own."""
         return [*self.closed.consts, *([] if self.first is None else self.first.closed.consts)]
 
+    @property
+    def carried(self) -> range:
+        """Which of the block's inputs are the carry."""
+        return range(len(self.leaves[0]), len(self.leaves[0]) + len(self.leaves[1]))
+
     def under(self, setting: Setting) -> "Run":
         """This run under other knobs, `offload:` aside; for one with default knobs, whose `closed` is the block's own."""
         closed, keep, chosen = resolve(setting, self.closed, self.names, self.parameters)
-        slices, carried = len(self.leaves[0]), len(self.leaves[1])
-        where = range(slices, slices + carried)
-        closed, pieces = cut(setting, closed, where, self.names, keep, any(map(jx.is_batched, self.leaves[1])))
+        closed, pieces = cut(setting, closed, self.carried, self.names, keep, any(map(jx.is_batched, self.leaves[1])))
         return dataclasses.replace(self, setting=setting, closed=closed, pieces=pieces, keep=keep, chosen=chosen)
 
     def execute(

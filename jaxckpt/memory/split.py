@@ -40,7 +40,7 @@ class Inputs:
         self.block = run.names.block
         flat = inlining.merged(inlining.inlined(run.closed, checkpoints=checkpoints))
         self.jaxpr, self.constants, self.parameters = flat.jaxpr, list(map(jax.typeof, flat.consts)), run.parameters
-        self.carried = range(len(run.leaves[0]), len(run.leaves[0]) + len(run.leaves[1]))
+        self.carried = run.carried
         self.leaves = [(jax.typeof(leaf), part == 0) for part, leaves in enumerate(run.leaves) for leaf in leaves]
         self.shardings: dict[int, Any] = {}
         for i, leaf in enumerate(leaf for leaves in run.leaves for leaf in leaves):

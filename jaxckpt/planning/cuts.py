@@ -57,16 +57,15 @@ def cuts_of(
         shares: what one device has of the block; all of it by default.
         held: which part of a piece's values one device holds, in the mean.
     """
-    slices, found = len(run.leaves[0]), {}
+    found = {}
     tilings: Recent[Tilings] = Recent(1)
-    carried = range(slices, slices + len(run.leaves[1]))
     whole = [cost(eqn, rates).seconds for eqn in merged.jaxpr.eqns]
     of_one = whole if shares is None else shares.seconds(merged.jaxpr, run.parameters, rates)
     computing = sum(of_one) - (0.0 if shares is None else sum(shares.sending))
     # Pieces are of the same equations, in another order.
     seconds_of = {eqn.outvars[0]: seconds for eqn, seconds in zip(merged.jaxpr.eqns, of_one, strict=True)}
     for knobs in (STAGES, *TILES) if not jx.effects(merged) else ():
-        flat, pieces = pieces_of(merged, carried, "auto", cast(Most, knobs.tiles), tilings=tilings)
+        flat, pieces = pieces_of(merged, run.carried, "auto", cast(Most, knobs.tiles), tilings=tilings)
         is_found = any(piece.tiles for piece in pieces) if knobs.tiles else len(pieces) > 1
         if not is_found:
             continue

@@ -156,11 +156,9 @@ class Stack:
 
     def _leave_out_tiles(self, run: Run, merged: Any) -> None:
         """Where the compiler splits the block over devices, unless slices send nothing of their own."""
-        slices = len(run.leaves[0])
-        carried = range(slices, slices + len(run.leaves[1]))
         if not run.is_stack or all(cut.knobs.tiles is None for cut in self.cuts.values()):
             return
-        if in_groups(merged, carried)[1] == 1 and (why := why_slices_send(merged, carried)) is not None:
+        if in_groups(merged, run.carried)[1] == 1 and (why := why_slices_send(merged, run.carried)) is not None:
             block = run.names.block
             check.warn(f"the plan leaves out tiles of {block}, each slice of which may send between devices: {why}")
             self.cuts = {pieces: cut for pieces, cut in self.cuts.items() if cut.knobs.tiles is None}
