@@ -141,7 +141,7 @@ def _written_for(groups: Groups, flat: Any, tiling: Tiling, out: Sequence[Any]) 
         for i, found in tiling.inside.items():
             assert isinstance(found, Rule)
             inputs = [read(var, axis) for var, axis in zip(jaxpr.eqns[i].invars, found.inputs, strict=True)]
-            made = slices.run(jaxpr.eqns[i], found, inputs, size, 0, 1, start=group * size)
+            made = slices.run(jaxpr.eqns[i], found, inputs, size, group * size, 1)
             values.update(zip(jaxpr.eqns[i].outvars, made, strict=True))
         return [values[var] for var in out]
 

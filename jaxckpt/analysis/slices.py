@@ -1,9 +1,9 @@
 """What a slice of an equation's outputs along an axis asks for, and how it is computed.
 
-Slices are strided: of `count` slices of an axis of `n`, the slice `t` has the entries `t, t + count, t + 2 * count, ...`, so
-that an axis that is split over devices stays split. Each equation says along which axes its inputs are sliced, or that they
-are needed whole: `slices_table` knows that by primitive, and `slices_inner` where it follows from jaxprs within. Here is how
-one asks for it, and how it goes through the equations of a jaxpr.
+A slice has entries of an axis that are evenly apart, `first, first + stride, first + 2 * stride, ...`. Each equation says
+along which axes its inputs are sliced, or that they are needed whole: `slices_table` knows that by primitive, and
+`slices_inner` where it follows from jaxprs within. Here is how one asks for it, and how it goes through the equations of a
+jaxpr.
 
 What is not known has no rule and is computed whole, which is never wrong, only larger: side effects, collectives, random
 bits, kernels, `while`, values that an explicit mesh splits, and `custom_vjp`, whose backward rule may do anything along an
@@ -72,16 +72,15 @@ def _one_by_one(eqn: Any, wanted: Wanted, others: Mapping[int, Sequence[int]]) -
     return _rule(eqn, wanted, _ORDERS) if others else None
 
 
-def run(eqn: Any, rule: Rule, inputs: Sequence[Any], size: int, index: Any, count: int, start: Any = 0) -> list[Any]:
+def run(eqn: Any, rule: Rule, inputs: Sequence[Any], size: int, first: Any, stride: int) -> list[Any]:
     """The outputs' slices of an equation, of its inputs' slices and of those that are whole; None for what is not used.
 
     Arguments:
         size: the entries of the slices along their axes.
-        index: the number of the slice, traced or not.
-        count: of how many; the entry `k` of the slice is the entry `start + index + k * count` of the whole.
+        first, stride: the entry `k` of the slices is the entry `first + k * stride` of the whole; `first` may be traced.
     """
     wanted = {k: axis for k, axis in enumerate(rule.outputs) if axis is not None}
-    return _run(eqn, wanted, inputs, Where(size, start + index, count, _ORDERS))
+    return _run(eqn, wanted, inputs, Where(size, first, stride, _ORDERS))
 
 
 def through(jaxpr: Any, outputs: Axes) -> Axes | None:

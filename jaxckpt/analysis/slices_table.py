@@ -20,7 +20,7 @@ Axes = tuple[int | None, ...]
 
 
 class Where(NamedTuple):
-    """Which entries of an axis a slice has: `size` of them, the `k`-th at `first + k * count`.
+    """Which entries of an axis a slice has: `size` of them, the `k`-th at `first + k * stride`.
 
     Fields:
         orders: for how many derivatives the slices were found to do, see `slices`.
@@ -28,7 +28,7 @@ class Where(NamedTuple):
 
     size: int
     first: Any
-    count: int
+    stride: int
     orders: int
 
 
@@ -66,7 +66,7 @@ def _positions(eqn: Any, axis: int, where: Where) -> Any:
     """A slice of an iota along its own axis."""
     dtype = eqn.params["dtype"]
     wide = jnp.int64 if dtype in (jnp.int64, jnp.uint64) else jnp.int32
-    line = lax.iota(wide, where.size) * wide(where.count) + jnp.asarray(where.first, wide)
+    line = lax.iota(wide, where.size) * wide(where.stride) + jnp.asarray(where.first, wide)
     return lax.broadcast_in_dim(line.astype(dtype), resized(eqn.params["shape"], axis, where.size), [axis])
 
 

@@ -21,6 +21,7 @@ class Piece(NamedTuple):
         bytes: that autodiff wants of it at once.
         last: the equations whose values are the last that autodiff wants: it wants others only on the way to them.
         tiles: how it is computed in slices, if it is.
+        strided: whether the entries of a slice are as far apart as there are slices, and not neighbours.
         obstacles: the equations that cannot be, although slices were asked of them.
         groups: where the block is written for groups of examples, their axis by equation and number of its output (of what
             the block returns, the axis of all examples); not of what comes of parameters alone. See
@@ -32,6 +33,7 @@ class Piece(NamedTuple):
     bytes: int
     last: list[int]
     tiles: Tiles | None = None
+    strided: bool = True
     obstacles: tuple[int, ...] = ()
     groups: Mapping[tuple[int, int], int] | None = None
 

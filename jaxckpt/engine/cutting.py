@@ -5,6 +5,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+
 from jaxckpt._recent import Recent
 from jaxckpt._setting import Setting, Stages
 from jaxckpt._setting import Tiles as Most
@@ -66,7 +68,9 @@ def cut(
     elif is_whole:
         asked = "tags:" + ",".join(stages) if isinstance(stages, tuple) else stages
         check.warn(f"{names.block}: stages={asked!r} found nothing to cut; the block stays whole")
-    return (closed, []) if is_whole else (flat, pieces)
+    # With several devices here a program may be split, even if nothing in it says so yet.
+    strided = max(jax.device_count(), devices_of(closed, range(len(closed.in_avals)))) > 1
+    return (closed, []) if is_whole else (flat, [piece._replace(strided=strided) for piece in pieces])
 
 
 def _warn_of_traffic(closed: Any, carried: Sequence[int], names: check.Names) -> None:

@@ -129,7 +129,7 @@ def _sliced(jaxpr: Any, piece: Piece, used: list[Any], out: list[Any], keep: Jax
     whole = list(dict.fromkeys(var for var in [*out, *given] if var in before))
     awaited = _awaited(jaxpr, [i for i in piece.last if i in tiling.before])
     first = _part(jaxpr, tiling.before, used, [*whole, *awaited], scope)
-    loop = in_slices(jaxpr, out, piece.tiles, keep, scope)
+    loop = in_slices(jaxpr, out, piece.tiles, piece.strided, keep, scope)
     of_loop = [var for var, axis in zip(out, tiling.axes, strict=True) if axis is not None]
     waiting = _waiting(jaxpr, piece, out, awaited)
 

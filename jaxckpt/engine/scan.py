@@ -88,9 +88,8 @@ def scan_blocks(
 def _by_kernels(step: Step, keep: JaxPolicy, pins_carry: bool) -> Step:
     # What the policy would keep as well is left alone, but for its cotangents.
     of_xs, of_carry = (written_by_kernels, list) if keeps_copies(keep) else (by_kernels, by_kernels)
-    if pins_carry and of_carry is by_kernels:  # which do nothing then
-        of_carry = lambda carry: list(map(row_major, carry))  # noqa: E731
-    return lambda carry, x: step(of_carry(carry), of_xs(x))
+    pin = row_major if pins_carry and of_carry is by_kernels else lambda x: x
+    return lambda carry, x: step(list(map(pin, of_carry(carry))), of_xs(x))
 
 
 def _offsets(x: jax.Array) -> jax.Array | None:

@@ -229,7 +229,7 @@ def test_a_last_slice_may_be_shorter_and_begin_elsewhere(dtype):
     eqn, _ = equation(lambda: lax.broadcasted_iota(dtype, (2, 11), 1))
     one = rule(eqn, 0, 1)
     slices = lax.map(lambda t: run(eqn, one, [], 3, t, 3)[0], jnp.arange(3))
-    (rest,) = run(eqn, one, [], 2, 0, 1, start=9)
+    (rest,) = run(eqn, one, [], 2, 9, 1)
     assert slices.dtype == rest.dtype == dtype
     np.testing.assert_array_equal(slices, [2 * [[t, t + 3, t + 6]] for t in range(3)])
     np.testing.assert_array_equal(rest, 2 * [[9, 10]])
@@ -237,7 +237,7 @@ def test_a_last_slice_may_be_shorter_and_begin_elsewhere(dtype):
 
 def test_positions_in_64_bits(x64):
     eqn, _ = equation(lambda: lax.iota(jnp.int64, 8))
-    (found,) = run(eqn, rule(eqn, 0, 0), [], 3, jnp.int32(1), 2, start=1)
+    (found,) = run(eqn, rule(eqn, 0, 0), [], 3, jnp.int32(2), 2)
     np.testing.assert_array_equal(found, np.array([2, 4, 6]), strict=True)
 
 

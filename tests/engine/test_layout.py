@@ -26,16 +26,13 @@ def lowered(platform, devices=1, kind=AxisType.Auto, **knobs):
     return traced.lower(lowering_platforms=(platform,)).as_text()
 
 
-BEFORE_KERNELS = jax.__version_info__ < (0, 11)
-
-
 @pytest.mark.parametrize(
     "knobs, is_pinned",
     [
         ({"blocks_per_ckpt": 2}, True),
-        ({"tiles": 2}, BEFORE_KERNELS),
-        ({"tiles": 2, "snapshots": 2}, BEFORE_KERNELS),
-        ({"tiles": 2, "engine": "scan"}, BEFORE_KERNELS),
+        ({"tiles": 2}, True),
+        ({"tiles": 2, "snapshots": 2}, True),
+        ({"tiles": 2, "engine": "scan"}, True),
         ({"offload_carry": True}, True),
         ({"policy": "nothing"}, False),
         ({"policy": "everything"}, False),

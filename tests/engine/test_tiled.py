@@ -69,12 +69,25 @@ def in_float64(tree):
 @pytest.mark.parametrize(
     ("setting", "tiles"), [*((s, 5) for s in SETTINGS), *((s, n) for s in SETTINGS[:3] for n in (2, T))], ids=str
 )
-def test_equals_the_plain_loop(setting, tiles):
+def test_equals_the_plain_loop(setting, tiles, monkeypatch):
     w, x = in_float64((W, X))
     mask, scale = mask_of(x), jnp.float64(0.7)
     got = gradients(checkpoint_scan(block, tiles=tiles, **setting), w, x, mask=mask, scale=scale)
     want = gradients(lambda w, x, **shared: plain_loop(block, w, x, **shared), w, x, mask=mask, scale=scale)
     assert relative_error(got, want) < 1e-12
+    monkeypatch.setattr(jax, "device_count", lambda: 8)  # then the entries of a slice are apart
+    got = gradients(checkpoint_scan(block, tiles=tiles, **setting), w, x, mask=mask, scale=scale)
+    assert relative_error(got, want) < 1e-12
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_entries_of_a_slice_are_apart_on_several_devices(devices, monkeypatch):
+    """And neighbours on one: `[16 / 8, 8, ...]` or `[8, 16 / 8, ...]` before the slices are the first axis."""
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    w, x = random_like((W, jnp.zeros((16, D))))
+    closed = jax.make_jaxpr(checkpoint_scan(block, tiles=8))(w, x, mask=mask_of(x))
+    cut = [eqn.outvars[0].aval.shape for eqn in jx.equations(closed.jaxpr) if eqn.primitive.name == "reshape"]
+    assert ((8, 2, D) in cut, (2, 8, D) in cut) == ((True, False) if devices == 1 else (False, True))
 
 
 def sizes(fn, *args):

@@ -255,3 +255,14 @@ def test_a_page_of_parts_has_cells_for_all_columns(h200):
     assert [any(v.sent_bytes for v in part.values) for part in found.parts] == [False, True]
     rows = [row for row in found.to_html().split("<tr")[1:] if "colspan" not in row]
     assert len({row.count("<td>") or row.count("<th>") for row in rows}) == 1
+
+
+def test_slices_of_a_split_batch_send_nothing(h200):
+    """Although the same function was traced before for one device, where slices hold neighbours."""
+    _, w, x = on_mesh("data")
+    deep = lambda w, x: x + jnp.sin(jnp.sin(jnp.sin(x @ w["up"]))) @ w["down"]  # noqa: E731
+    step = jax.jit(jax.grad(lambda w, x: checkpoint_scan(deep, tiles=8)(w, x).sum()))
+    measure(step, *jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (w, x)), target="h200")
+    with pytest.warns(UserWarning, match="nothing in it says how its batch is split"):
+        found = measure(step, w, x, target="h200:8")
+    assert {call.kind for call in found.collectives} == {"all-reduce"}
