@@ -192,7 +192,8 @@ class Plan:
         settings = (
             "a setting that should be faster and fit" if number == 1 else f"{number} that should be faster and fit, first"
         )
-        return [f"  left untried: {settings}: {said}; compilations={2 * self.compilations} may try more"]
+        made = f"compiled were {len(self.candidates)} of the step, of at most compilations={self.compilations}"
+        return [f"  left untried: {settings}: {said}; {made}"]
 
     def to_json(self) -> dict[str, Any]:
         """All fields, as JSON has them; `first` of knobs where blocks have some of their own."""
