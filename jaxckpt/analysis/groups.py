@@ -66,9 +66,9 @@ def in_groups(closed: Any, carried: Sequence[int]) -> tuple[Any, int]:
     return jx.trace(_written_for(groups, flat, tiling, out), *closed.in_avals), groups.count
 
 
-def devices_of(closed: Any, carried: Sequence[int]) -> int:
-    """The number of devices of the mesh that the carry lies on, or constraints in the block name; 1 where none is known."""
-    placed = [closed.in_avals[i].sharding.mesh for i in carried]
+def devices_of(closed: Any, inputs: Sequence[int]) -> int:
+    """How many devices the mesh has that these inputs lie on, or constraints in the block name; 1 where none is known."""
+    placed = [closed.in_avals[i].sharding.mesh for i in inputs]
     named = [eqn.params["sharding"] for eqn in _constraints(closed.jaxpr)]
     return max((mesh.size for mesh in [*placed, *(sharding.mesh for sharding in named)] if not mesh.empty), default=1)
 

@@ -5,8 +5,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-
 from jaxckpt._recent import Recent
 from jaxckpt._setting import Setting, Stages
 from jaxckpt._setting import Tiles as Most
@@ -19,6 +17,7 @@ from jaxckpt.analysis.slices_cost import slicing_seconds
 from jaxckpt.analysis.stages import Piece, cuts_at_tags, pieces_between
 from jaxckpt.analysis.tiles import Tiler, Tiles, Tilings
 from jaxckpt.engine import check
+from jaxckpt.engine.devices import may_be_several
 from jaxckpt.engine.offload import is_offloaded
 from jaxckpt.policies.grammar import JaxPolicy, nothing
 
@@ -68,9 +67,10 @@ def cut(
     elif is_whole:
         asked = "tags:" + ",".join(stages) if isinstance(stages, tuple) else stages
         check.warn(f"{names.block}: stages={asked!r} found nothing to cut; the block stays whole")
-    # With several devices here a program may be split, even if nothing in it says so yet.
-    strided = max(jax.device_count(), devices_of(closed, range(len(closed.in_avals)))) > 1
-    return (closed, []) if is_whole else (flat, [piece._replace(strided=strided) for piece in pieces])
+    if any(piece.tiles for piece in pieces):
+        strided = devices_of(closed, range(len(closed.in_avals))) > 1 or may_be_several()
+        pieces = [piece._replace(strided=strided) for piece in pieces]
+    return (closed, []) if is_whole else (flat, pieces)
 
 
 def _warn_of_traffic(closed: Any, carried: Sequence[int], names: check.Names) -> None:

@@ -1,5 +1,5 @@
 """Pins the layouts of carries and slots: in the reversal engine, where chunks share slots or carries go to the host; and in
-both engines where blocks are computed in slices.
+both engines where blocks are computed in slices, but in the scan engine where a policy keeps copies.
 
 In the layouts that XLA for GPUs picks for each loop, all slots and snapshots would be transposed between two loops: 31.2
 instead of 30.2 GiB for the Pairformer of 768 tokens in chunks of 6 that keep nothing, 93.5 instead of 87.9 where they keep

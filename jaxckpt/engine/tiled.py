@@ -4,8 +4,8 @@ On one device a slice holds neighbours: nothing is moved to cut an outer axis in
 may be split over devices, slice `t` of `T` holds every `T`-th entry, `t, t + T, t + 2 T, ...`: an axis that is split stays
 split as it is, and no device sends anything (neighbours of a sharded batch on eight devices: six all-to-alls, and 6.9 and
 not 3.8 GiB each). On one device that would take 4 percent longer (4 Pairformer blocks of 128 tokens on a CPU, JAX 0.12) and
-more memory (48 of 768 tokens with 5 snapshots: 4.0 and not 3.6 GiB, compiled for H200). Where no number of slices divides
-the axis, what is left over is one shorter last slice.
+more memory (48 of 768 tokens, `snapshots=5, tiles="auto"`: 4.0 and not 3.6 GiB, compiled for H200). Where no number of
+slices divides the axis, what is left over is one shorter last slice.
 
 Each slice is a `jax.checkpoint`, and the slices are a `lax.scan`: forwards a slice's values are gone with it, backwards it
 is run again and differentiated before the one before. What all slices share gets a gradient from each: they are summed in

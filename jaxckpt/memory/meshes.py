@@ -12,6 +12,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxckpt._leaves import is_shaped
+from jaxckpt.engine.devices import described
 from jaxckpt.flax.steps import map_leaves
 from jaxckpt.memory.targets import Target
 
@@ -55,7 +56,7 @@ def lowered_on(where: Target, program: Any, name: str, args: Any) -> tuple[Any, 
     Raises:
         ValueError: the program names other devices than the target's.
     """
-    with mesh_on(where):
+    with mesh_on(where), described(where.count):
         placed = where.place(args)
         try:
             return program.lower(*placed), placed

@@ -1,5 +1,8 @@
 """What `explain` tells of one of several devices: bytes, times, and what it sends."""
 
+import contextlib
+import warnings
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -264,5 +267,19 @@ def test_slices_of_a_split_batch_send_nothing(h200):
     step = jax.jit(jax.grad(lambda w, x: checkpoint_scan(deep, tiles=8)(w, x).sum()))
     measure(step, *jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (w, x)), target="h200")
     with pytest.warns(UserWarning, match="nothing in it says how its batch is split"):
+        found = measure(step, w, x, target="h200:8")
+    assert {call.kind for call in found.collectives} == {"all-reduce"}
+
+
+@pytest.mark.parametrize("is_set", [False, True])
+def test_slices_of_a_batch_that_only_jit_splits_send_nothing(h200, is_set):
+    """Nothing that is traced says on which mesh that is: the target does, or `jax.set_mesh`."""
+    mesh, w, x = on_mesh("data")
+    w, x = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (w, x))
+    deep = lambda w, x: x + jnp.sin(jnp.sin(jnp.sin(x @ w["up"]))) @ w["down"]  # noqa: E731
+    split = (P(), P("data")) if is_set else (NamedSharding(mesh, P()), NamedSharding(mesh, P("data")))
+    step = jax.jit(jax.grad(lambda w, x: checkpoint_scan(deep, tiles=8)(w, x).sum()), in_shardings=split)
+    with jax.set_mesh(mesh) if is_set else contextlib.nullcontext(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the mesh that is set something is known, and of the other nothing
         found = measure(step, w, x, target="h200:8")
     assert {call.kind for call in found.collectives} == {"all-reduce"}
