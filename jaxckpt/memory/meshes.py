@@ -22,21 +22,22 @@ _OTHER_SHARDING = "does not match the sharding on the respective arg"
 
 @contextlib.contextmanager
 def mesh_on(where: Target) -> Iterator[None]:
-    """Exchanges the mesh of `jax.set_mesh`, if there is one, for the same of the target's devices.
+    """For tracing for a target: exchanges the mesh of `jax.set_mesh`, if there is one, for the same of the target's devices.
 
     Raises:
         ValueError: it has another number of devices.
     """
     mesh = jax.sharding.get_mesh()
     if mesh.empty or set(mesh.devices.flat) <= set(where.devices):
-        yield
+        with described(where.count):
+            yield
         return
     if mesh.size != where.count:
         raise ValueError(
             f"jax.set_mesh has a mesh of {mesh.size} devices, and target {where.name!r} has {where.count}: use the target "
             f"'{where.name.partition(':')[0]}:{mesh.size}'"
         )
-    with jax.set_mesh(where.mesh(mesh.axis_sizes, mesh.axis_names, mesh.axis_types)):
+    with jax.set_mesh(where.mesh(mesh.axis_sizes, mesh.axis_names, mesh.axis_types)), described(where.count):
         yield
 
 
@@ -56,7 +57,7 @@ def lowered_on(where: Target, program: Any, name: str, args: Any) -> tuple[Any, 
     Raises:
         ValueError: the program names other devices than the target's.
     """
-    with mesh_on(where), described(where.count):
+    with mesh_on(where):
         placed = where.place(args)
         try:
             return program.lower(*placed), placed
