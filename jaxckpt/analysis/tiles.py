@@ -6,6 +6,11 @@ is computed once, before the loop. So nothing in the loop is ever alive for more
 Attention's logits are the case in point: asked for its output in slices of queries, it needs keys and values whole, and
 logits for these queries alone.
 
+Under tensor parallelism heads are split, and gradients of what queries, keys and values are computed of are summed over
+devices. If queries were computed in the loop, for its slices, theirs would be summed there, apart from the others: one sum
+over devices more, and XLA makes one of the other two only together with it. So products of what is needed whole too are
+computed before the loop there.
+
 A value that is converted to fewer bits on its way into the loop is converted inside, again for each slice (XLA moves it out
 again): the gradient that the slices sum is then one of the value before, in its own bits.
 """
@@ -78,6 +83,7 @@ class Tilings:
         wanted: for each equation the bytes that autodiff wants of it, see `numbering.residual_bytes`.
         stays_whole: equations that are not computed in slices although they could be, by number.
         groups: of each variable that has one the axis of groups of examples, or of all: slices would cut across devices.
+        splits_more: whether the compiler splits something beside the groups over devices, such as heads.
     """
 
     def __init__(
@@ -86,8 +92,10 @@ class Tilings:
         wanted: Sequence[int],
         stays_whole: Collection[int] = frozenset(),
         groups: Mapping[Any, int] | None = None,
+        splits_more: bool = False,
     ):
         self.jaxpr, self.wanted, self.stays_whole, self.groups = jaxpr, wanted, stays_whole, groups or {}
+        self.splits_more = splits_more
         self.rule = functools.cache(self._rule)
         self.of = functools.cache(self._of)
         self.small = sum(wanted) * _SMALL_PIECE
@@ -176,10 +184,20 @@ class Tilings:
             for var, axis in zip(eqn.invars, found.inputs, strict=True):
                 if not isinstance(var, core.Literal):
                     asked.setdefault(var, set()).add(axis)
+        if self.splits_more:
+            first = self._products_before(before, inside)
+            before, inside = sorted([*before, *first], reverse=True), {i: at for i, at in inside.items() if i not in first}
         made = {var for i in inside for var in self.jaxpr.eqns[i].outvars}
         if not all(axis is None or var in made for var, axis in zip(out, axes, strict=True)):
             return None
         return self.made_of(axes, size, before[::-1], dict(sorted(inside.items())))
+
+    def _products_before(self, before: Sequence[int], inside: Mapping[int, Rule | None]) -> list[int]:
+        """Products inside, of what is needed whole too and of what all slices share."""
+        made = {var for i in inside for var in self.jaxpr.eqns[i].outvars}
+        whole = {var for i in before for var in self.variables[i]}
+        products = [i for i in inside if self.jaxpr.eqns[i].primitive.name == "dot_general"]
+        return [i for i in products if made.isdisjoint(self.variables[i]) and not whole.isdisjoint(self.variables[i])]
 
     def _common(self, number: int, wishes: Sequence[tuple[int, set[int | None]]]) -> Rule | None:
         """The one rule by which an equation gives all slices that are asked of it."""

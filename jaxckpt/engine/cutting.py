@@ -114,7 +114,8 @@ def pieces_of(
     asked = enumerate(flat.jaxpr.eqns) if tiles and keep is not nothing else ()
     whole = frozenset(i for i, eqn in asked if is_offloaded(eqn, keep))
     axes = axes_of_groups(flat.jaxpr, groups) if groups > 1 else {}
-    pieces = _pieces(flat, tuple(carried), stages, tiles, whole, tilings or Recent(1), axes)
+    splits_more = groups > 1 and devices_of(closed, carried) > groups
+    pieces = _pieces(flat, tuple(carried), stages, tiles, whole, tilings or Recent(1), axes, splits_more)
     if not axes:
         return flat, pieces
     of_carry = flow.dependent(flat.jaxpr, carried)
@@ -139,6 +140,7 @@ def _pieces(
     whole: frozenset[int],
     shared: Recent[Tilings],
     groups: Mapping[Any, int],
+    splits_more: bool,
 ) -> list[Piece]:
     """The pieces of a block; equal blocks are looked at once, since a search for slices takes seconds."""
     # A custom_jvp is sliced by its rule too, of which the text says nothing.
@@ -148,11 +150,11 @@ def _pieces(
     def found() -> list[Piece]:
         if not tiles:
             return _found(flat, carried, stages, None)
-        key = program, whole, bool(groups)
-        tilings = shared.of(key, lambda: Tilings(flat.jaxpr, numbering.residual_bytes(flat), whole, groups))
+        key = program, whole, bool(groups), splits_more
+        tilings = shared.of(key, lambda: Tilings(flat.jaxpr, numbering.residual_bytes(flat), whole, groups, splits_more))
         return _found(flat, carried, stages, Tiler(tilings, None if tiles == "auto" else tiles))
 
-    return _recent.of((program, carried, stages, tiles, whole, bool(groups)), found)
+    return _recent.of((program, carried, stages, tiles, whole, bool(groups), splits_more), found)
 
 
 def _found(flat: Any, carried: tuple[int, ...], stages: Stages, tiler: Tiler | None) -> list[Piece]:

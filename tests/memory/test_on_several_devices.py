@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxckpt import checkpoint, checkpoint_scan, explain, measure, targets
 from jaxckpt._plan import Knobs, under
+from jaxckpt.cli._meshes import of_parameter
+from jaxckpt.models import TransformerBlock
 
 N, WIDTH, HIDDEN, BATCH = 6, 256, 1024, 4096
 MIB = 2**20
@@ -283,3 +285,24 @@ def test_slices_of_a_batch_that_only_jit_splits_send_nothing(h200, is_set):
         warnings.simplefilter("ignore")  # of the mesh that is set something is known, and of the other nothing
         found = measure(step, w, x, target="h200:8")
     assert {call.kind for call in found.collectives} == {"all-reduce"}
+
+
+def test_slices_of_queries_send_no_more_where_heads_are_split(h200):
+    """The gradient of what queries, keys and values are computed of is summed over devices once."""
+    axes, module, shape = {"data": 4, "tensor": 2}, TransformerBlock(256, num_heads=4, d_ff=512), (8, 512, 256)
+    mesh = targets.get("h200:8").mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
+    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, "bfloat16", sharding=sharding)  # noqa: E731
+    one = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros(shape))["params"]
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: place(leaf, NamedSharding(mesh, of_parameter(path, leaf, axes, True))),
+        jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((3, *leaf.shape), leaf.dtype), one),
+    )
+    batch = NamedSharding(mesh, P("data"))
+
+    def sent(**knobs):
+        block = lambda p, x: lax.with_sharding_constraint(module.apply({"params": p}, x), batch)  # noqa: E731
+        loss = lambda p, x: checkpoint_scan(block, **knobs)(p, x).astype("float32").sum()  # noqa: E731
+        found = measure(jax.grad(loss), params, place(jnp.zeros(shape), batch), target="h200:8")
+        return sum(call.sent_bytes for call in found.collectives)
+
+    assert sent(tiles=8) <= 1.02 * sent(stages="auto")
