@@ -29,15 +29,15 @@ def mesh_on(where: Target) -> Iterator[None]:
     """
     mesh = jax.sharding.get_mesh()
     if mesh.empty or set(mesh.devices.flat) <= set(where.devices):
-        with described(where.count):
-            yield
-        return
-    if mesh.size != where.count:
+        exchanged = contextlib.nullcontext()
+    elif mesh.size == where.count:
+        exchanged = jax.set_mesh(where.mesh(mesh.axis_sizes, mesh.axis_names, mesh.axis_types))
+    else:
         raise ValueError(
             f"jax.set_mesh has a mesh of {mesh.size} devices, and target {where.name!r} has {where.count}: use the target "
             f"'{where.name.partition(':')[0]}:{mesh.size}'"
         )
-    with jax.set_mesh(where.mesh(mesh.axis_sizes, mesh.axis_names, mesh.axis_types)), described(where.count):
+    with exchanged, described(where.count):
         yield
 
 

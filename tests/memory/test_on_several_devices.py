@@ -31,6 +31,11 @@ def block(w, x):
     return x + jnp.sin(x @ w["up"]) @ w["down"]
 
 
+def deep(w, x):
+    """A block that is worth slices."""
+    return x + jnp.sin(jnp.sin(jnp.sin(x @ w["up"]))) @ w["down"]
+
+
 def on_mesh(kind, dtype="bfloat16"):
     axes, up, down, of_batch = MESHES[kind]
     mesh = targets.get("h200:8").mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
@@ -265,7 +270,6 @@ def test_a_page_of_parts_has_cells_for_all_columns(h200):
 def test_slices_of_a_split_batch_send_nothing(h200):
     """Although the same function was traced before for one device, where slices hold neighbours."""
     _, w, x = on_mesh("data")
-    deep = lambda w, x: x + jnp.sin(jnp.sin(jnp.sin(x @ w["up"]))) @ w["down"]  # noqa: E731
     step = jax.jit(jax.grad(lambda w, x: checkpoint_scan(deep, tiles=8)(w, x).sum()))
     measure(step, *jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (w, x)), target="h200")
     with pytest.warns(UserWarning, match="nothing in it says how its batch is split"):
@@ -278,7 +282,6 @@ def test_slices_of_a_batch_that_only_jit_splits_send_nothing(h200, is_set):
     """Nothing that is traced says on which mesh that is: the target does, or `jax.set_mesh`."""
     mesh, w, x = on_mesh("data")
     w, x = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (w, x))
-    deep = lambda w, x: x + jnp.sin(jnp.sin(jnp.sin(x @ w["up"]))) @ w["down"]  # noqa: E731
     split = (P(), P("data")) if is_set else (NamedSharding(mesh, P()), NamedSharding(mesh, P("data")))
     step = jax.jit(jax.grad(lambda w, x: checkpoint_scan(deep, tiles=8)(w, x).sum()), in_shardings=split)
     with jax.set_mesh(mesh) if is_set else contextlib.nullcontext(), warnings.catch_warnings():
